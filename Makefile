@@ -1,0 +1,54 @@
+# Plain `make` explains the targets. VENV, PYTHON and PYTEST_ARGS may be given on the command line.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+# Several ranks share a machine's cores in tests and in the demo: one thread each.
+RUN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PATH="$(abspath $(BIN)):$$PATH"
+
+.PHONY: help install demo test test-gpu lint clean
+
+help:
+	@echo "lota: sparse fine-tuning by lottery tickets, on DeepSpeed ZeRO-3"
+	@echo
+	@echo "  make install    create $(VENV) with everything that the other targets need"
+	@echo "  make demo       make a small base model, fine-tune it whole and as a ticket, compare (about 5 minutes, 2 cores)"
+	@echo "  make test       lint, types and the tests that need no accelerator"
+	@echo "  make test-gpu   the tests that need an accelerator"
+	@echo "  make lint       ruff and mypy"
+	@echo "  make clean      remove $(VENV), runs/ and tool caches"
+	@echo
+	@echo "  PYTHON=python3.12 make install        another interpreter (3.10 to 3.13)"
+	@echo "  make test PYTEST_ARGS='-k ticket'     some of the tests"
+
+install: $(STAMP)
+
+# torch goes first and alone: the range is what lets pip pick a CPU build where one is offered, and DeepSpeed,
+# which comes as source, wants torch importable while it is built. DS_BUILD_OPS=0: its ops are built when first used.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet "torch>=2.9,<2.14" "numpy>=2.0"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation "deepspeed~=0.19.8"
+	$(BIN)/python -m pip install --quiet -e ".[test,peft]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(RUN) $(BIN)/python -m recipes.demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(RUN) $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-gpu: $(STAMP)
+	$(RUN) $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
