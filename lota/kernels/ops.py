@@ -1,0 +1,241 @@
+"""The operations between dense and compact space: checks, then the backend.
+
+Dense tensors are flat and contiguous (`[index.numel]`); compact ones hold a value per active entry in ascending order,
+padded to whole tiles (`[index.offset.numel()]`) where they are state. Weights may be bf16, fp16 or fp32; arithmetic is
+fp32 with one rounding per operation. Names that end in `_` work in place. Nothing is read back to the host.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lota.kernels import reference
+from lota.kernels.index import TileIndex
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+MASK_OPS = ("and", "andnot", "or", "xor")
+
+
+def padded_zeros(index: TileIndex, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Compact state of zeros for `index`: `[index.offset.numel()]`, whole tiles."""
+    return torch.zeros(index.offset.numel(), dtype=dtype, device=index.base.device)
+
+
+def gather(
+    source: Tensor,
+    index: TileIndex,
+    *,
+    out: Tensor | None = None,
+    scale: Tensor | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    origin: int = 0,
+) -> Tensor:
+    """`out[k] = scale * source[position(start + k) - origin]` for the entries `start:stop`; returns `out`.
+
+    source: flat; its first element is position `origin` of the index's space. out: `[stop - start]`, fp32 unless given.
+    scale: fp32 device scalar or None.
+    """
+    stop = index.num_active if stop is None else stop
+    _check_dense("source", source, index, origin, whole=origin == 0 and start == 0 and stop == index.num_active)
+    if out is None:
+        out = torch.empty(stop - start, dtype=torch.float32, device=source.device)
+    _check_compact("out", out, stop - start, source, exact=True)
+    if stop > start:
+        reference.gather(out, source, index, scale, start, stop, origin)
+    return out
+
+
+def gather_add_(
+    accumulator: Tensor,
+    source: Tensor,
+    index: TileIndex,
+    *,
+    scale: Tensor | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    origin: int = 0,
+) -> Tensor:
+    """`accumulator[k] += scale * source[position(start + k) - origin]`, summed in fp32; returns the accumulator."""
+    stop = index.num_active if stop is None else stop
+    _check_dense("source", source, index, origin, whole=origin == 0 and start == 0 and stop == index.num_active)
+    _check_compact("accumulator", accumulator, stop - start, source, exact=True)
+    if stop > start:
+        reference.gather_add_(accumulator, source, index, scale, start, stop, origin)
+    return accumulator
+
+
+def scatter_(target: Tensor, index: TileIndex, values: Tensor) -> Tensor:
+    """`target[position(k)] = values[k]`, cast to the target's dtype; all other elements keep their bits."""
+    _check_dense("target", target, index)
+    _check_compact("values", values, index.num_active, target)
+    reference.scatter_(target, index, values)
+    return target
+
+
+def exchange_(target: Tensor, index: TileIndex, values: Tensor) -> Tensor:
+    """Swap `target[position(k)]` and `values[k]` bit for bit; calling it again restores both. Same dtype required."""
+    _check_dense("target", target, index)
+    _check_compact("values", values, index.num_active, target)
+    if values.dtype != target.dtype:
+        raise ValueError(
+            f"exchange_ moves bits: values must have the target's dtype {target.dtype}, got {values.dtype}"
+        )
+    reference.exchange_(target, index, values)
+    return target
+
+
+def scatter_add_(
+    target: Tensor, index: TileIndex, delta: Tensor, *, alpha: Tensor, saved: Tensor | None = None
+) -> Tensor:
+    """`target[position(k)] += alpha * delta[k]`, computed in fp32 and cast; `saved[k]` receives the old bits.
+
+    alpha: fp32 device scalar. Adding and subtracting a delta does not return to the start in bf16; `scatter_` of `saved`
+    does.
+    """
+    _check_dense("target", target, index)
+    _check_compact("delta", delta, index.num_active, target)
+    if saved is not None:
+        _check_compact("saved", saved, index.num_active, target)
+        if saved.dtype != target.dtype:
+            raise ValueError(f"saved must have the target's dtype {target.dtype}, got {saved.dtype}")
+    reference.scatter_add_(target, index, delta, alpha, saved)
+    return target
+
+
+def adamw_(
+    weights: Tensor,
+    gradient: Tensor,
+    index: TileIndex,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scalars: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    compact: bool = True,
+) -> None:
+    """One AdamW step (Loshchilov and Hutter, arXiv 1711.05101) on compact state, scattered into the weights.
+
+    With g = scale * gradient, in fp32, in this order:
+        w = master * decay
+        m = m + (g - m) * (1 - beta1);  v = v * beta2 + g * g * (1 - beta2)
+        w = w - step_size * (m / (sqrt(v) / sqrt_bias_correction2 + eps))
+    `master`, `exp_avg`, `exp_avg_sq` (fp32, compact) are updated in place and w is cast into `weights` (flat, dense) at
+    the active positions. scalars: fp32 `[5]` on the device: scale, decay, step_size, sqrt_bias_correction2, skip (see
+    `adamw_scalars`); a skip other than 0 leaves everything as it is. gradient: compact, or dense with `compact=False`.
+    """
+    _check_step(weights, gradient, index, scalars, 5, compact, master=master, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    reference.adamw_(weights, gradient, index, master, exp_avg, exp_avg_sq, scalars, beta1, beta2, eps, compact)
+
+
+def rmsprop_(
+    weights: Tensor,
+    gradient: Tensor,
+    index: TileIndex,
+    master: Tensor,
+    square_avg: Tensor,
+    scalars: Tensor,
+    *,
+    alpha: float,
+    eps: float,
+    compact: bool = True,
+) -> None:
+    """One RMSprop step (Hinton's lecture 6e; not centered, no momentum) on compact state, scattered into the weights.
+
+    With g = scale * gradient + weight_decay * master, in fp32:
+        v = v * alpha + g * g * (1 - alpha);  w = master - (g / (sqrt(v) + eps)) * lr
+    scalars: fp32 `[4]` on the device: scale, weight_decay, lr, skip. The rest as in `adamw_`.
+    """
+    _check_step(weights, gradient, index, scalars, 4, compact, master=master, square_avg=square_avg)
+    reference.rmsprop_(weights, gradient, index, master, square_avg, scalars, alpha, eps, compact)
+
+
+def adamw_scalars(
+    scale: Tensor, skip: Tensor, step: Tensor, *, lr: float | Tensor, weight_decay: float, beta1: float, beta2: float
+) -> Tensor:
+    """The fp32 `[5]` scalars of `adamw_`, computed in float64 on the device of `step` without reading anything back.
+
+    scale, skip: device scalars (gradient factor; nonzero = leave everything). step: float64 device scalar, the number of
+    this step counted from 1.
+    """
+    step_size = lr / (1 - torch.pow(beta1, step))
+    decay = torch.ones_like(step) - lr * weight_decay
+    values = (scale.double(), decay, step_size, (1 - torch.pow(beta2, step)).sqrt(), skip.double())
+    return torch.stack(values).float()
+
+
+def rmsprop_scalars(scale: Tensor, skip: Tensor, *, lr: float | Tensor, weight_decay: float) -> Tensor:
+    """The fp32 `[4]` scalars of `rmsprop_`; see `adamw_scalars`."""
+    one = torch.ones_like(scale, dtype=torch.float64)
+    return torch.stack((scale.double(), one * weight_decay, one * lr, skip.double())).float()
+
+
+def mask_op(a: Tensor, b: Tensor, op: str) -> Tensor:
+    """Bitwise `and`, `andnot` (a and not b), `or`, `xor` of two int32 tensors of bit words of the same length."""
+    if op not in MASK_OPS:
+        raise ValueError(f"op must be one of {', '.join(MASK_OPS)}, got {op!r}")
+    if a.dtype != torch.int32 or b.dtype != torch.int32 or a.shape != b.shape:
+        raise ValueError(
+            f"mask_op wants two int32 tensors of one shape, got {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"
+        )
+    return reference.mask_op(a, b, op)
+
+
+def popcount(words: Tensor) -> Tensor:
+    """Number of set bits in int32 words, as an int64 device scalar."""
+    if words.dtype != torch.int32:
+        raise ValueError(f"popcount wants int32 words, got {words.dtype}")
+    return reference.popcount(words)
+
+
+def _check_dense(name: str, tensor: Tensor, index: TileIndex, origin: int = 0, whole: bool = True) -> None:
+    if tensor.dtype not in FLOATS or tensor.dim() != 1 or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be a flat contiguous bf16, fp16 or fp32 tensor, got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
+    if whole and tensor.numel() != index.numel:
+        raise ValueError(f"{name} has {tensor.numel()} elements, its index describes {index.numel}")
+    if origin + tensor.numel() > index.numel:
+        raise ValueError(
+            f"{name} covers {origin}:{origin + tensor.numel()}, its index describes {index.numel} elements"
+        )
+    if tensor.device != index.base.device:
+        raise ValueError(f"{name} lies on {tensor.device}, its index on {index.base.device}")
+
+
+def _check_compact(name: str, tensor: Tensor, length: int, beside: Tensor, exact: bool = False) -> None:
+    if tensor.dtype not in FLOATS or tensor.dim() != 1 or not tensor.is_contiguous() or tensor.device != beside.device:
+        raise ValueError(
+            f"{name} must be a flat contiguous bf16, fp16 or fp32 tensor on {beside.device}, "
+            f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+        )
+    if tensor.numel() < length or (exact and tensor.numel() != length):
+        raise ValueError(f"{name} needs {length} entries, got {tensor.numel()}")
+
+
+def _check_step(
+    weights: Tensor,
+    gradient: Tensor,
+    index: TileIndex,
+    scalars: Tensor,
+    num_scalars: int,
+    compact: bool,
+    **state: Tensor,
+) -> None:
+    _check_dense("weights", weights, index)
+    if compact:
+        _check_compact("gradient", gradient, index.num_active, weights)
+    else:
+        _check_dense("gradient", gradient, index)
+    if scalars.shape != (num_scalars,) or scalars.dtype != torch.float32:
+        raise ValueError(
+            f"scalars must be fp32 of shape ({num_scalars},), got {scalars.dtype} of shape {tuple(scalars.shape)}"
+        )
+    for name, tensor in state.items():
+        _check_compact(name, tensor, index.num_active, weights)
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{name} must be fp32, got {tensor.dtype}")

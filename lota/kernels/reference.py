@@ -1,0 +1,142 @@
+"""Torch versions of the operations between dense and compact space; the oracle for every other backend.
+
+Everything is computed in fp32 with one rounding per operation (no fused multiply-add, IEEE square root), in chunks that
+stay in the cache, so that temporaries do not grow with the number of active entries. Nothing here reads a value back to
+the host: the skip flag and all step-dependent numbers are device values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lota.kernels.index import TileIndex
+
+CHUNK = 1 << 16
+
+
+def _chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, stop, CHUNK):
+        yield first, min(first + CHUNK, stop)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """IEEE fp32 square root: the vectorised fp32 one on CPUs is off by one unit in the last place now and then."""
+    return x.sqrt() if x.is_cuda else x.double().sqrt_().float()
+
+
+def gather(
+    out: Tensor, source: Tensor, index: TileIndex, scale: Tensor | None, start: int, stop: int, origin: int
+) -> None:
+    for first, last in _chunks(start, stop):
+        values = source.index_select(0, index.positions(first, last).sub_(origin))
+        out[first - start : last - start] = values if scale is None else values.float() * scale
+
+
+def gather_add_(
+    out: Tensor, source: Tensor, index: TileIndex, scale: Tensor | None, start: int, stop: int, origin: int
+) -> None:
+    for first, last in _chunks(start, stop):
+        values = source.index_select(0, index.positions(first, last).sub_(origin)).float()
+        values = values if scale is None else values * scale
+        piece = out[first - start : last - start]
+        piece.copy_(piece.float() + values)
+
+
+def scatter_(target: Tensor, index: TileIndex, values: Tensor) -> None:
+    for first, last in _chunks(0, index.num_active):
+        target.index_copy_(0, index.positions(first, last), values[first:last].to(target.dtype))
+
+
+def exchange_(target: Tensor, index: TileIndex, values: Tensor) -> None:
+    for first, last in _chunks(0, index.num_active):
+        positions = index.positions(first, last)
+        old = target.index_select(0, positions)
+        target.index_copy_(0, positions, values[first:last])
+        values[first:last] = old
+
+
+def scatter_add_(target: Tensor, index: TileIndex, delta: Tensor, alpha: Tensor, saved: Tensor | None) -> None:
+    for first, last in _chunks(0, index.num_active):
+        positions = index.positions(first, last)
+        old = target.index_select(0, positions)
+        target.index_copy_(0, positions, (old.float() + delta[first:last].float() * alpha).to(target.dtype))
+        if saved is not None:
+            saved[first:last] = old
+
+
+def adamw_(
+    weights: Tensor,
+    gradient: Tensor,
+    index: TileIndex,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scalars: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    compact: bool,
+) -> None:
+    scale, decay, step_size, sqrt_bias_correction2, skip = scalars.unbind()
+    skip = skip != 0
+    for first, last in _chunks(0, index.num_active):
+        positions = index.positions(first, last)
+        g = _gradient_chunk(gradient, positions, first, last, compact).mul_(scale)
+        w, m, v = master[first:last], exp_avg[first:last], exp_avg_sq[first:last]
+        new_m = (g - m).mul_(1 - beta1).add_(m)
+        new_v = (v * beta2).add_(g.mul_(g).mul_(1 - beta2))
+        denominator = _sqrt(new_v).div_(sqrt_bias_correction2).add_(eps)
+        new_w = (w * decay).sub_((new_m / denominator).mul_(step_size))
+        _store(weights, positions, skip, (w, new_w), (m, new_m), (v, new_v))
+
+
+def rmsprop_(
+    weights: Tensor,
+    gradient: Tensor,
+    index: TileIndex,
+    master: Tensor,
+    square_avg: Tensor,
+    scalars: Tensor,
+    alpha: float,
+    eps: float,
+    compact: bool,
+) -> None:
+    scale, weight_decay, lr, skip = scalars.unbind()
+    skip = skip != 0
+    for first, last in _chunks(0, index.num_active):
+        positions = index.positions(first, last)
+        w, v = master[first:last], square_avg[first:last]
+        g = _gradient_chunk(gradient, positions, first, last, compact).mul_(scale).add_(w * weight_decay)
+        new_v = (v * alpha).add_((g * g).mul_(1 - alpha))
+        new_w = w - (g / _sqrt(new_v).add_(eps)).mul_(lr)
+        _store(weights, positions, skip, (w, new_w), (v, new_v))
+
+
+def _gradient_chunk(gradient: Tensor, positions: Tensor, first: int, last: int, compact: bool) -> Tensor:
+    """A fp32 copy of the gradients of the active entries `first:last`."""
+    values = gradient[first:last] if compact else gradient.index_select(0, positions)
+    return values.to(torch.float32, copy=True)
+
+
+def _store(
+    weights: Tensor, positions: Tensor, skip: Tensor, master: tuple[Tensor, Tensor], *moments: tuple[Tensor, Tensor]
+) -> None:
+    for old, new in (master, *moments):
+        torch.where(skip, old, new, out=old)
+    kept = weights.index_select(0, positions)
+    weights.index_copy_(0, positions, torch.where(skip, kept, master[0].to(weights.dtype)))
+
+
+def mask_op(a: Tensor, b: Tensor, op: str) -> Tensor:
+    return {"and": lambda: a & b, "andnot": lambda: a & ~b, "or": lambda: a | b, "xor": lambda: a ^ b}[op]()
+
+
+def popcount(words: Tensor) -> Tensor:
+    x = words.to(torch.int64) & 0xFFFFFFFF
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101 & 0xFFFFFFFF) >> 24).sum()
