@@ -1,0 +1,25 @@
+"""Sparse fine-tuning by lottery tickets (LoTA, arXiv 2406.16797) on DeepSpeed."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lota.seams import calibration_zero3, sparse_zero3
+    from lota.ticket import Mask, Ticket
+
+_HOMES = {
+    "Mask": "lota.ticket",
+    "Ticket": "lota.ticket",
+    "calibration_zero3": "lota.seams",
+    "sparse_zero3": "lota.seams",
+}
+
+__all__ = ["Mask", "Ticket", "calibration_zero3", "sparse_zero3"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import lota` alone loads neither torch nor DeepSpeed."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lota' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

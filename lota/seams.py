@@ -1,0 +1,158 @@
+"""The two blocks that turn a DeepSpeed, transformers or TRL script into LoTA."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lota.selection import Selection, eligible, select, validate_budget, validate_density
+from lota.ticket import Mask, Ticket
+from lota.zero.engine import substituted
+from lota.zero.runs import CalibrationRun, SparseRun
+from lota.zero.scores import SCORES
+
+KERNELS = ("auto", "torch", "triton")
+GRADIENT_REDUCTIONS = ("auto", "compact", "dense")
+
+
+class Calibration:
+    """Handle of a `calibration_zero3` block."""
+
+    def __init__(self, run: CalibrationRun, density: float, budget: str, protect: Sequence[Mask], seed: int) -> None:
+        self._run, self._density, self._budget, self._protect, self._seed = run, density, budget, protect, seed
+        self.selection: Selection | None = None
+        self._report: dict[str, Any] | None = None
+
+    def mask(self, density: float | None = None, budget: str | None = None, *, keep: bool = False) -> Mask:
+        """Select the mask from the scores, the same on every rank, with the base's fingerprints. Collective.
+
+        density, budget: instead of the block's. keep: keep the scores for another call; otherwise they are released.
+        """
+        density = self._density if density is None else density
+        budget = self._budget if budget is None else budget
+        validate_density(density)
+        validate_budget(budget)
+        self._report = self._run.report()
+        self.selection = select(
+            self._run.scores,
+            self._run.shapes,
+            density=density,
+            budget=budget,
+            protect=self._protect,
+            seed=self._seed,
+            group=self._run.groups.reduction.world,
+            base={name: self._run.base[name] for name in self._run.names},
+        )
+        if not keep:
+            self._run.release()
+        return self.selection.mask
+
+    def report(self) -> dict[str, Any]:
+        """Bytes this rank held, by kind; eligible entries; steps; after `mask()` also what was selected."""
+        report = self._report if self._report is not None else self._run.report()
+        if self.selection is None:
+            return report
+        chosen = self.selection
+        return report | {
+            "num_active": chosen.num_active,
+            "density": chosen.density,
+            "num_tied": chosen.num_tied,
+            "num_zero_scored": chosen.num_zero_scored,
+            "per_tensor": chosen.per_tensor,
+        }
+
+
+@contextmanager
+def calibration_zero3(
+    *,
+    score: str = "task_vector",
+    density: float = 0.1,
+    budget: str = "global",
+    protect: Sequence[Any] = (),
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Iterator[Calibration]:
+    """Calibrate with the training script inside the block: `run.mask()` afterwards gives the mask.
+
+    Inside, `deepspeed.initialize` (which Trainers call in `train()`) builds an engine on ZeRO-3 whose weights are
+    sharded over all ranks. `task_vector` trains densely (eligible tensors only) and scores |fp32 master - base|;
+    `gradient`, `fisher` and `snip` accumulate scores in place of steps and leave the weights alone; `magnitude` and
+    `random` look at the weights only. protect: masks, tickets or their paths, whose entries are never chosen. include,
+    exclude: patterns over tensor names (see `lota.selection.eligible`). ValueError for what is wrong or unsupported,
+    before training.
+    """
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}" + _did_you_mean(score, SCORES))
+    validate_density(density)
+    validate_budget(budget)
+    masks = [_as_mask(item) for item in protect]
+    run = CalibrationRun(score, lambda shapes: eligible(shapes, include, exclude))
+    with _block(run):
+        yield Calibration(run, density, budget, masks, seed)
+
+
+@contextmanager
+def sparse_zero3(
+    mask: Any,
+    *,
+    shard_group_size: int | None = None,
+    gradient_reduction: str = "auto",
+    reduce_every: str = "micro_step",
+    kernels: str = "auto",
+) -> Iterator[SparseRun]:
+    """Train only the active entries of `mask` with the training script inside the block; `run.save_ticket(path)`
+    afterwards.
+
+    mask: a `Mask`, a `Ticket`, or the path of one. Inside, `deepspeed.initialize` builds an engine whose masters,
+    moments and gradients exist for active entries only; everything else of the model keeps its bits. The script passes
+    `model.parameters()` as ever; tensors that the mask does not name are frozen for the length of the block.
+    shard_group_size: how many ranks together hold one copy of the weights (None: all; 1: every rank holds all).
+    gradient_reduction: `compact` sends active entries only; `auto` is the same. reduce_every: `step` sends once per
+    step instead of once per micro step, for 4 bytes per active entry, unsharded. kernels: `auto`, or `torch`.
+    ValueError for what is wrong or unsupported, before training.
+    """
+    _check_choice("gradient_reduction", gradient_reduction, GRADIENT_REDUCTIONS)
+    _check_choice("reduce_every", reduce_every, ("micro_step", "step"))
+    _check_choice("kernels", kernels, KERNELS)
+    if gradient_reduction == "dense":
+        raise ValueError("gradient_reduction='dense' is not available in this version; use 'compact' (or 'auto')")
+    if kernels == "triton":
+        raise ValueError("kernels='triton' is not available in this version; use 'torch' (or 'auto')")
+    run = SparseRun(_as_mask(mask), shard_group_size=shard_group_size, once_per_step=reduce_every == "step")
+    with _block(run):
+        yield run
+
+
+@contextmanager
+def _block(run: CalibrationRun | SparseRun) -> Iterator[None]:
+    has_failed = True
+    try:
+        with substituted(run, run.optimizer_class):
+            yield
+        has_failed = False
+    finally:
+        run.close(has_failed)
+
+
+def _as_mask(item: Any) -> Mask:
+    if isinstance(item, Mask):
+        return item
+    if isinstance(item, Ticket):
+        return item.mask
+    if isinstance(item, (str, Path)):
+        return Mask.load(item)
+    raise ValueError(f"expected a lota.Mask, a lota.Ticket or the path of one, got {type(item).__name__}")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}" + _did_you_mean(value, choices))
+
+
+def _did_you_mean(value: Any, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(value), choices, 1)
+    return f". Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,1 @@
+"""Calibration and sparse training inside DeepSpeed's ZeRO-3."""

@@ -1,0 +1,58 @@
+"""Identity of a sharded model: a fingerprint per tensor, from every rank's own piece, without gathering anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lota.ticket import BaseTensor
+from lota.ticket.fingerprint import fingerprint
+from lota.zero.layout import owned_range
+
+_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+_MODULUS = 1 << 64
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    if dtype not in _DTYPE_NAMES:
+        raise ValueError(f"weights must be {', '.join(_DTYPE_NAMES.values())}, got {dtype}")
+    return _DTYPE_NAMES[dtype]
+
+
+def fingerprints(
+    partitions: Iterable[Any],
+    *,
+    size_of: Any,
+    rank_of: Any,
+    group: Any,
+    device: torch.device,
+    correction: Mapping[str, int] | None = None,
+) -> dict[str, BaseTensor]:
+    """Base identity of every partition (see `engine.partitions`), the same on every rank. Collective over `group`.
+
+    size_of(partition), rank_of(partition): the ranks it is sharded over and this one's place. correction: added to a
+    tensor's partial, e.g. to put the base's values back in place of trained ones.
+    """
+    names: list[str] = []
+    dtypes: list[str] = []
+    partials: list[int] = []
+    for part in partitions:
+        start, stop = owned_range(part.numel, size_of(part), rank_of(part))
+        value = fingerprint(part.data[: stop - start], start) + (correction or {}).get(part.name, 0)
+        names.append(part.name)
+        dtypes.append(dtype_name(part.dtype))
+        partials.append(value % _MODULUS)
+    total = torch.tensor([_signed(value) for value in partials], dtype=torch.int64, device=device)
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return {
+        name: BaseTensor(dtype, f"{value % _MODULUS:016x}")
+        for name, dtype, value in zip(names, dtypes, total.tolist(), strict=True)
+    }
+
+
+def _signed(value: int) -> int:
+    return value - _MODULUS if value >= _MODULUS // 2 else value

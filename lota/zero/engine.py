@@ -1,0 +1,391 @@
+"""DeepSpeed's engine and ZeRO-3 optimizer, subclassed. The only file with DeepSpeed's private names.
+
+`deepspeed.initialize` looks `DeepSpeedEngine` up in its module when it is called, and the engine imports the ZeRO-3
+class when it builds its optimizer: for the length of a block both are replaced by the subclasses below. They forward
+complete gradients, the ends of backwards and steps to `SparseTraining` or to scores; everything else is DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NoReturn, Protocol
+
+import deepspeed
+import deepspeed.comm
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import stage3
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from packaging.version import Version
+from torch import Tensor
+
+from lota.zero.sparse import SparseTraining, TensorGroup
+from lota.zero.supported import check_config, check_optimizer_class
+
+TESTED = "0.19"
+FIRST_TESTED = Version("0.19.8")
+
+
+class Run(Protocol):
+    """What an engine asks of the run whose block it is built in."""
+
+    is_sparse: bool
+
+    def prepare(self, model: torch.nn.Module, engine_config: Any) -> None: ...
+    def weight_group(self) -> Any: ...
+    def build(self, optimizer: Any, engine: Any) -> Any: ...
+    def built(self, engine: Any) -> None: ...
+
+
+def check_version() -> None:
+    """ValueError for a DeepSpeed other than the series whose private names this file was tested with."""
+    version = Version(deepspeed.__version__)
+    if f"{version.major}.{version.minor}" != TESTED or version < FIRST_TESTED:
+        raise ValueError(
+            f"DeepSpeed {TESTED}.x from {FIRST_TESTED} on is required, found {version}: this version of lota "
+            "replaces parts of "
+            f"ZeRO-3 and was tested with that series only. Install it with: pip install 'deepspeed~={FIRST_TESTED}'"
+        )
+
+
+@contextmanager
+def substituted(run: Run, optimizer_class: type[DeepSpeedZeroOptimizer_Stage3] | None) -> Iterator[None]:
+    """Make `deepspeed.initialize` build our engine inside the block.
+
+    optimizer_class: the ZeRO-3 class of that engine; None keeps DeepSpeed's own (dense calibration).
+    """
+    check_version()
+    if deepspeed.DeepSpeedEngine is not DeepSpeedEngine:
+        raise ValueError("another lota block is open: calibrate and train one after the other, not inside each other")
+    engine_class = type("LotaEngine", (LotaEngine,), {"run": run, "optimizer_class": optimizer_class})
+    replaced = {
+        "DeepSpeedEngine": engine_class,
+        "DeepSpeedHybridEngine": _refused("the hybrid engine (hybrid_engine.enabled)"),
+        "PipelineEngine": _refused("pipeline parallelism (PipelineModule)"),
+        "DualPipeVEngine": _refused("pipeline parallelism (PipelineModule)"),
+    }
+    saved = {name: getattr(deepspeed, name) for name in replaced}
+    try:
+        for name, value in replaced.items():
+            setattr(deepspeed, name, value)
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(deepspeed, name, value)
+
+
+def _refused(what: str) -> type:
+    class Refused:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            raise ValueError(
+                f"{what} is not supported inside a lota block: weights must be sharded by plain ZeRO-3. Use "
+                "deepspeed.initialize "
+                "on a plain model."
+            )
+
+    return Refused
+
+
+class LotaEngine(DeepSpeedEngine):
+    """DeepSpeed's engine, with our ZeRO-3 optimizer where it trains. An engine without an optimizer is DeepSpeed's
+    own."""
+
+    run: Run
+    optimizer_class: type[DeepSpeedZeroOptimizer_Stage3] | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        config, optimizer = kwargs["config_class"], kwargs.get("optimizer")
+        self.is_lota = optimizer is not None or bool(config.optimizer_name)
+        if self.is_lota:
+            check_config(config, is_sparse=self.run.is_sparse, mpu=kwargs.get("mpu"))
+            check_optimizer_class(optimizer)
+            self.run.prepare(kwargs["model"], config)
+        super().__init__(*args, **kwargs)
+        if self.is_lota:
+            self.run.built(self)
+
+    def _configure_zero_optimizer(self, optimizer: Any) -> Any:
+        if not self.is_lota:
+            return super()._configure_zero_optimizer(optimizer)
+        if self.has_moe_layers:
+            raise ValueError(
+                "deepspeed.moe layers are not supported: their experts are sharded over groups of their own. "
+                "Use a model whose experts are ordinary tensors (transformers' Mixtral, Qwen3-MoE, ...)."
+            )
+        group = self.run.weight_group()
+        if group is not None:
+            _convert_to_zero_parameters(self.module, self)
+            _regroup(self.module, group)
+        if self.optimizer_class is None:
+            return super()._configure_zero_optimizer(optimizer)
+        # superoffload derives a class from ZeRO-3's when it is first imported: that must have happened before the swap.
+        import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401
+
+        ours = self.optimizer_class
+
+        def construct(*args: Any, **kwargs: Any) -> DeepSpeedZeroOptimizer_Stage3:
+            return ours(*args, lota_run=self.run, lota_engine=self, **kwargs)
+
+        stage3.DeepSpeedZeroOptimizer_Stage3 = construct
+        try:
+            return super()._configure_zero_optimizer(optimizer)
+        finally:
+            stage3.DeepSpeedZeroOptimizer_Stage3 = DeepSpeedZeroOptimizer_Stage3
+
+    def coalesce_grad_reduction(self) -> Any:
+        if not self.is_lota or self.optimizer_class is None:
+            return super().coalesce_grad_reduction()
+        raise NotImplementedError(
+            "coalesce_grad_reduction keeps every dense gradient until its end; pass reduce_every='step' to "
+            "lota.sparse_zero3 to reduce once per step on compact gradients"
+        )
+
+    def save_checkpoint(self, save_dir: str, *args: Any, **kwargs: Any) -> Any:
+        if self.is_lota and self.optimizer_class is not None:
+            raise NotImplementedError(
+                "checkpoints of a lota block are not available in this version: set save_strategy to 'no' and save "
+                "the ticket with run.save_ticket(path)"
+            )
+        return super().save_checkpoint(save_dir, *args, **kwargs)
+
+    def load_checkpoint(self, load_dir: str, *args: Any, **kwargs: Any) -> Any:
+        if self.is_lota and self.optimizer_class is not None:
+            raise NotImplementedError("a lota block cannot load checkpoints in this version: start from the base")
+        return super().load_checkpoint(load_dir, *args, **kwargs)
+
+
+class CompactOptimizer(DeepSpeedZeroOptimizer_Stage3):
+    """ZeRO-3 whose gradients and steps go to `self.core` (built by the run); it allocates nothing dense itself."""
+
+    def __init__(self, *args: Any, lota_run: Run, lota_engine: Any, **kwargs: Any) -> None:
+        self._lota_run, self._lota_engine = lota_run, lota_engine
+        super().__init__(*args, **kwargs)
+
+    def _setup_for_real_optimizer(self) -> None:
+        self.core = self._lota_run.build(self, self._lota_engine)
+        for group in self.optimizer.param_groups:
+            group["params"] = []
+
+    def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any) -> None:
+        """Called when a parameter's gradient is complete; its dense gradient ends here."""
+        if param.grad is None or not getattr(param, "ds_grad_is_ready", True):
+            return
+        gradient, param.grad = param.grad, None
+        self.core.add_gradient(self.param_names[param], gradient)
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        self.core.finish_backward(self.is_gradient_accumulation_boundary())
+        for param_id in self.params_already_reduced:
+            self.params_already_reduced[param_id] = False
+        self._epilogue_ran_this_backward = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        if closure is not None:
+            raise ValueError("step does not take a closure")
+        self._pre_step()
+        self._partition_all_parameters()
+        self._global_grad_norm, skip = self.lota_step()
+        self.overflow = skip
+        if self.dtype == torch.float16:
+            self.overflow = bool(skip)
+            self._update_scale(self.overflow)
+        self.zero_grad(set_to_none=True)
+        self._post_step(set())
+
+    def lota_step(self) -> tuple[Tensor, Tensor]:
+        """The gradient norm and whether the step was skipped, as device scalars."""
+        return self.core.step(self.loss_scale)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise NotImplementedError(
+            f"{what} is not available inside a lota block: only active entries have fp32 state, and there is none "
+            "for the frozen ones to read or write"
+        )
+
+    def has_overflow(self, partition_gradients: bool = True) -> NoReturn:
+        self._refuse("has_overflow")
+
+    def set_full_hp_param(self, value: Any, param: Any, optim_state_key: Any = None) -> NoReturn:
+        self._refuse("safe_set_full_fp32_param / safe_set_full_optimizer_state")
+
+    def set_local_hp_param(self, value: Any, param: Any, optim_state_key: Any = None) -> NoReturn:
+        self._refuse("safe_set_local_fp32_param / safe_set_local_optimizer_state")
+
+    def set_fp32_grad_for_param(self, value: Any, param: Any) -> NoReturn:
+        self._refuse("safe_set_full_grad")
+
+    def set_local_grad_for_param(self, value: Any, param: Any) -> NoReturn:
+        self._refuse("safe_set_local_grad")
+
+    def update_fp32_grad_for_param_vectorized(self, update_func: Any, param_list: Any) -> NoReturn:
+        self._refuse("safe_update_full_grad_vectorized")
+
+    def get_full_hp_param(self, param: Any, optim_state_key: Any = None) -> Any:
+        self._refuse("safe_get_full_fp32_param / safe_get_full_optimizer_state")
+
+    def get_local_fp32_param(self, param: Any, optim_state_key: Any = None) -> Any:
+        self._refuse("safe_get_local_fp32_param / safe_get_local_optimizer_state")
+
+    def get_fp32_grad_for_param(self, param: Any) -> Any:
+        self._refuse("safe_get_full_grad")
+
+    def get_local_fp32_grad_for_param(self, param: Any) -> Any:
+        self._refuse("safe_get_local_grad")
+
+    def get_fp32_grad_partitions(self) -> NoReturn:
+        self._refuse("get_fp32_grad_partitions")
+
+    def get_hp_param_device(self, param: Any, optim_state_key: Any = None) -> NoReturn:
+        self._refuse("get_hp_param_device")
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("offload_states")
+
+    def reload_states(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("reload_states")
+
+    def refresh_fp32_params(self) -> NoReturn:
+        self._refuse("refresh_fp32_params")
+
+    def state_dict(self) -> NoReturn:
+        self._refuse("the optimizer's state_dict")
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("the optimizer's load_state_dict")
+
+
+class SparseOptimizer(CompactOptimizer):
+    """Sparse training: `core` is a `SparseTraining`. Getters return what the optimizer really works with."""
+
+    core: SparseTraining
+
+    def lota_step(self) -> tuple[Tensor, Tensor]:
+        return self.core.step(self.optimizer.param_groups, self.clip_grad, self.loss_scale)
+
+    def has_overflow(self, partition_gradients: bool = True) -> bool:  # type: ignore[override]
+        return any(not bool(torch.isfinite(state.gradient).all()) for state in self.core.states)
+
+    def get_local_fp32_param(self, param: Any, optim_state_key: str | None = None) -> Tensor | None:
+        """This rank's fp32 piece: masters at active entries and the weights elsewhere; moments with zeros elsewhere."""
+        if not param.requires_grad:
+            return None
+        state, slot = self.core.slot(self.param_names[param])
+        if optim_state_key is None:
+            return state.dense_piece(slot, state.master, fill=state.slot_weights(slot).clone())
+        if optim_state_key not in state.moments:
+            raise ValueError(f"no optimizer state {optim_state_key!r}; there is {', '.join(state.moments) or 'none'}")
+        return state.dense_piece(slot, state.moments[optim_state_key])
+
+    def get_full_hp_param(self, param: Any, optim_state_key: str | None = None) -> Tensor | None:
+        piece = self.get_local_fp32_param(param, optim_state_key)
+        return None if piece is None else self._fp32_state_allgather(param, piece)
+
+    def get_local_fp32_grad_for_param(self, param: Any) -> Tensor | None:
+        """The accumulated gradient of the active entries, zeros elsewhere."""
+        if not param.requires_grad:
+            return None
+        state, slot = self.core.slot(self.param_names[param])
+        return state.dense_piece(slot, state.gradient)
+
+    def get_fp32_grad_for_param(self, param: Any) -> Tensor | None:
+        piece = self.get_local_fp32_grad_for_param(param)
+        return None if piece is None else self._fp32_state_allgather(param, piece)
+
+    def get_hp_param_device(self, param: Any, optim_state_key: str | None = None) -> torch.device | None:  # type: ignore[override]
+        return self.core.slot(self.param_names[param])[0].master.device if param.requires_grad else None
+
+
+def trainable_groups(optimizer: Any) -> list[TensorGroup]:
+    """The tensors that a ZeRO-3 optimizer under construction trains, as they stand in its flat buffers."""
+    return [
+        TensorGroup(
+            tuple(optimizer.param_names[param] for param in params),
+            tuple(param.ds_numel for param in params),
+            flat,
+            optimizer.sub_group_to_group_id[index],
+        )
+        for index, (params, flat) in enumerate(
+            zip(optimizer.fp16_groups, optimizer.fp16_partitioned_groups_flat, strict=True)
+        )
+    ]
+
+
+def partitions(model: torch.nn.Module) -> Iterator[SimpleNamespace]:
+    """Every parameter under ZeRO-3: name, shape, dtype, numel, this rank's padded piece `data`, and its group."""
+    for name, param in model.named_parameters():
+        yield SimpleNamespace(
+            name=name,
+            shape=tuple(param.ds_shape),
+            dtype=param.dtype,
+            numel=param.ds_numel,
+            data=param.ds_tensor.data,
+            group=param.ds_process_group,
+        )
+
+
+def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Full shape of every parameter, sharded or not."""
+    return {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in model.named_parameters()}
+
+
+def master_of(engine: Any) -> Callable[[str], Tensor]:
+    """Name -> this rank's flat fp32 masters under a stock ZeRO-3 engine."""
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    parameters = dict(engine.module.named_parameters())
+    return lambda name: safe_get_local_fp32_param(parameters[name])
+
+
+def _regroup(model: torch.nn.Module, group: Any) -> None:
+    """Reshard every parameter over the ranks of `group`, one tensor at a time; bits are kept. Collective over the
+    world.
+
+    Models that transformers loads are sharded over the world, because `zero.Init` cannot load them into several groups.
+    """
+    world = deepspeed.comm.get_world_group()
+    for name, param in model.named_parameters():
+        if param.ds_process_group != world:
+            raise ValueError(
+                f"{name} is already sharded over a group of its own; load the model without data_parallel_group "
+                "and pass "
+                "shard_group_size"
+            )
+        param.all_gather()
+        param.ds_process_group = group
+        param.ds_zero_partition_rank = deepspeed.comm.get_rank(group=group)
+        param.ds_zero_partition_world_size = deepspeed.comm.get_world_size(group=group)
+        param.ds_tensor = None
+        param.partition()
+
+
+def check_world_sharded(model: torch.nn.Module) -> None:
+    """ValueError for a parameter sharded over a smaller group: DeepSpeed's own reduction would let replicas diverge."""
+    world = deepspeed.comm.get_world_group()
+    for name, param in model.named_parameters():
+        if getattr(param, "ds_process_group", world) != world:
+            raise ValueError(
+                f"{name} is sharded over a group of its own; calibration needs weights sharded over all ranks: "
+                "load the model "
+                "without data_parallel_group"
+            )
+
+
+def _convert_to_zero_parameters(model: torch.nn.Module, engine: Any) -> None:
+    """Shard what is not sharded yet over the world, exactly as ZeRO-3 would do a moment later."""
+    parameters = list(model.parameters())
+    plain = [param for param in parameters if not hasattr(param, "ds_id")]
+    if plain and len(plain) == len(parameters):
+        offload = engine.zero_offload_param()
+        device = None if offload is None else offload.device
+        deepspeed.zero.Init(
+            module=model,
+            config_dict_or_path=engine.config,
+            dtype=parameters[0].dtype,
+            remote_device=device,
+            pin_memory=bool(offload and offload.pin_memory),
+        )
+    elif plain:
+        next(param for param in parameters if hasattr(param, "ds_id")).convert_to_zero_parameters(param_list=plain)

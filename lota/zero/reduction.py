@@ -1,0 +1,257 @@
+"""Gradients of many tensors, reduced to the ranks that own them as backward produces them.
+
+A tensor contributes one flat vector (its compact gradient, or the whole one for calibration) whose entries belong to
+the ranks of the shard group in ascending pieces of known sizes. Vectors are packed into buckets that are fixed before
+the first backward. A full bucket is sent by `all_to_all_single` with exact split sizes, summed in rank order
+(deterministic, no padding: the masks that selection makes are uneven over ranks), and all-reduced across the replicas
+of the shard group.
+
+Ranks may disagree about which tensors were used. Buckets are therefore launched in one fixed order on process groups of
+their own, asynchronously; a bucket that is not full by the end of backward is sent then, with zeros for what is
+missing. A rank never waits forever inside backward for a bucket (another rank may need this one's weights first): it
+waits for older buckets only for `PATIENCE` seconds, which bounds the memory of buckets in flight in every ordinary run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+PATIENCE = 0.2
+_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class ReductionGroups:
+    """Process groups that carry nothing but gradients. `None` stands for a group of one rank."""
+
+    shard: dist.ProcessGroup | None
+    replica: dist.ProcessGroup | None
+    world: dist.ProcessGroup | None
+    shard_size: int
+    world_size: int
+    shard_rank: int
+
+
+@dataclass
+class _Bucket:
+    slots: range
+    numel: int
+    send_splits: list[int]
+    own_numel: int
+    buffer: Tensor | None = None
+    arrived: set[int] = field(default_factory=set)
+    is_launched: bool = False
+
+
+@dataclass
+class _Flight:
+    """A bucket on its way: to its owners (`sent` is set), then, summed, to the replicas."""
+
+    bucket: int
+    work: dist.Work | None
+    values: Tensor
+    sent: Tensor | None
+
+
+class GradientReducer:
+    """Reduces one vector per slot to its owners and hands each bucket's mean over all ranks to `deliver`.
+
+    counts: per slot, how many entries each rank of the shard group owns; the slot's vector has their sum as length.
+    bucket_numel: most entries in a bucket (a single longer slot still makes a bucket of its own).
+    deliver(slots, values): called with consecutive slots and this rank's reduced entries of them, fp32, slot after
+    slot.
+    once_per_step: keep the sums of all micro steps and send only in `finish(last=True)`; costs a full set of buckets.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[Sequence[int]],
+        *,
+        bucket_numel: int,
+        groups: ReductionGroups,
+        deliver: Callable[[range, Tensor], None],
+        device: torch.device,
+        once_per_step: bool = False,
+    ) -> None:
+        self.counts, self.groups, self.device, self.once_per_step = counts, groups, device, once_per_step
+        self._deliver = deliver
+        self._buckets = _plan_buckets(counts, bucket_numel, groups.shard_rank)
+        self._bucket_of = {slot: b for b, bucket in enumerate(self._buckets) for slot in bucket.slots}
+        self._start = _starts_in_bucket(counts, self._buckets)
+        self._next = 0
+        self._flights: deque[_Flight] = deque()
+        self._late: dict[int, Tensor] = {}
+        self._is_patient = True
+        self.bytes_sent = 0
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Size of the largest bucket in fp32."""
+        return 4 * max((bucket.numel for bucket in self._buckets), default=0)
+
+    def add(self, slot: int, write: Callable[[Tensor, bool], None]) -> None:
+        """Take a slot's gradient: `write(out, is_first)` stores it into the zeroed `out` or adds it to earlier ones."""
+        index = self._bucket_of[slot]
+        bucket = self._buckets[index]
+        start, length = self._start[slot], sum(self.counts[slot])
+        if bucket.is_launched:
+            buffer = self._late.setdefault(index, torch.zeros(bucket.numel, device=self.device))
+            write(buffer[start : start + length], False)
+            return
+        if bucket.buffer is None:
+            bucket.buffer = torch.zeros(bucket.numel, device=self.device)
+        write(bucket.buffer[start : start + length], slot not in bucket.arrived)
+        bucket.arrived.add(slot)
+        if not self.once_per_step:
+            while self._next < len(self._buckets) and self._is_full(self._next):
+                self._launch(self._next)
+            self._retire_ready()
+
+    def finish(self, last: bool = True) -> None:
+        """End of a backward (`last`: of the step's last one): send what is left, with zeros for missing gradients, and
+        deliver everything. Collective over all ranks."""
+        if self.once_per_step and not last:
+            return
+        while self._next < len(self._buckets):
+            self._launch(self._next)
+        self._retire_all()
+        for index in self._agree_on_late():
+            bucket = self._buckets[index]
+            bucket.buffer = self._late.pop(index, None)
+            self._send(index)
+        self._retire_all()
+        for bucket in self._buckets:
+            bucket.is_launched = False
+            bucket.arrived.clear()
+        self._next, self._is_patient = 0, True
+
+    def discard(self) -> None:
+        """Forget gradients that were not sent yet."""
+        for bucket in self._buckets:
+            bucket.buffer = None
+            bucket.arrived.clear()
+
+    def _is_full(self, index: int) -> bool:
+        return len(self._buckets[index].arrived) == len(self._buckets[index].slots)
+
+    def _launch(self, index: int) -> None:
+        self._buckets[index].is_launched = True
+        self._next = index + 1
+        self._send(index)
+
+    def _send(self, index: int) -> None:
+        bucket, groups = self._buckets[index], self.groups
+        buffer = torch.zeros(bucket.numel, device=self.device) if bucket.buffer is None else bucket.buffer
+        bucket.buffer = None
+        if groups.shard is None:
+            self._flights.append(self._to_replicas(index, buffer))
+            return
+        sent = self._pack_by_owner(bucket, buffer)
+        received = torch.empty(groups.shard_size * bucket.own_numel, device=self.device)
+        work = dist.all_to_all_single(
+            received,
+            sent,
+            [bucket.own_numel] * groups.shard_size,
+            bucket.send_splits,
+            group=groups.shard,
+            async_op=True,
+        )
+        self.bytes_sent += sent.nbytes
+        self._flights.append(_Flight(index, work, received, sent))
+
+    def _to_replicas(self, index: int, values: Tensor) -> _Flight:
+        """The second leg: sum over the ranks that own the same entries in other shard groups."""
+        if self.groups.replica is None:
+            return _Flight(index, None, values, None)
+        self.bytes_sent += values.nbytes
+        return _Flight(index, dist.all_reduce(values, group=self.groups.replica, async_op=True), values, None)
+
+    def _pack_by_owner(self, bucket: _Bucket, buffer: Tensor) -> Tensor:
+        """Reorder slot after slot into owner after owner."""
+        pieces = buffer.split([n for slot in bucket.slots for n in self.counts[slot]])
+        size = self.groups.shard_size
+        return torch.cat([piece for rank in range(size) for piece in pieces[rank::size]])
+
+    def _retire_ready(self) -> None:
+        """Move buckets on without waiting for other ranks, except for older ones and then only for `PATIENCE`."""
+        for position, flight in enumerate(self._flights):
+            if flight.sent is not None and self._is_done(flight):
+                self._flights[position] = self._sum_over_ranks(flight)
+        while self._flights and self._flights[0].sent is None and self._is_done(self._flights[0]):
+            self._retire(self._flights.popleft())
+
+    def _is_done(self, flight: _Flight) -> bool:
+        if flight.work is None or flight.work.is_completed():
+            return True
+        if len(self._flights) <= _IN_FLIGHT or not self._is_patient:
+            return False
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            if flight.work.is_completed():
+                return True
+            time.sleep(0.0005)
+        self._is_patient = False
+        return False
+
+    def _retire_all(self) -> None:
+        for position, flight in enumerate(self._flights):
+            if flight.sent is not None:
+                self._flights[position] = self._sum_over_ranks(flight)
+        while self._flights:
+            self._retire(self._flights.popleft())
+
+    def _sum_over_ranks(self, flight: _Flight) -> _Flight:
+        assert flight.work is not None
+        flight.work.wait()
+        pieces = flight.values.view(self.groups.shard_size, -1)
+        total = pieces[0]
+        for piece in pieces[1:]:
+            total.add_(piece)
+        return self._to_replicas(flight.bucket, total)
+
+    def _retire(self, flight: _Flight) -> None:
+        if flight.work is not None:
+            flight.work.wait()
+        self._deliver(self._buckets[flight.bucket].slots, flight.values.mul_(1.0 / self.groups.world_size))
+
+    def _agree_on_late(self) -> list[int]:
+        """Buckets that some rank still has gradients for: tensors used again after their bucket was sent."""
+        if self.groups.world is None:
+            return sorted(self._late)
+        flags = torch.zeros(len(self._buckets), dtype=torch.int32)
+        flags[list(self._late)] = 1
+        flags = flags.to(self.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.groups.world)
+        return flags.nonzero().flatten().tolist()
+
+
+def _plan_buckets(counts: Sequence[Sequence[int]], bucket_numel: int, rank: int) -> list[_Bucket]:
+    """Consecutive slots, last slots first: backward produces gradients roughly in reverse order."""
+    buckets: list[_Bucket] = []
+    stop = len(counts)
+    while stop > 0:
+        start, numel = stop - 1, sum(counts[stop - 1])
+        while start > 0 and numel + sum(counts[start - 1]) <= bucket_numel:
+            start -= 1
+            numel += sum(counts[start])
+        splits = [sum(column) for column in zip(*counts[start:stop], strict=True)]
+        buckets.append(_Bucket(range(start, stop), numel, splits, splits[rank]))
+        stop = start
+    return buckets
+
+
+def _starts_in_bucket(counts: Sequence[Sequence[int]], buckets: Sequence[_Bucket]) -> dict[int, int]:
+    starts: dict[int, int] = {}
+    for bucket in buckets:
+        position = 0
+        for slot in bucket.slots:
+            starts[slot] = position
+            position += sum(counts[slot])
+    return starts

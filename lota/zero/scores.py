@@ -1,0 +1,186 @@
+"""Calibration scores on the partitions of one rank. No DeepSpeed here.
+
+`task_vector`: |fp32 master - base| after a dense run. `gradient`: mean |g|, `fisher`: mean g^2, `snip`: |w| * mean |g|
+(the weights do not move), over global batches, where g is the mean gradient of the whole global batch after reduction,
+so that nothing depends on ranks or micro batches. `magnitude`: |w|. `random`: equal scores, for selection to break by
+hash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lota.zero.layout import dense_counts, owned_range
+from lota.zero.reduction import GradientReducer, ReductionGroups
+
+SCORES = ("task_vector", "gradient", "fisher", "snip", "magnitude", "random")
+GRADIENT_SCORES = ("gradient", "fisher", "snip")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This rank's piece of an eligible tensor: `weights` is its real part (no padding), beginning at flat `start`."""
+
+    name: str
+    numel: int
+    start: int
+    weights: Tensor
+
+
+class TaskVectorScores:
+    """Keeps the base's values in host memory and compares with the masters of a dense run.
+
+    master(name): this rank's flat fp32 masters of a tensor, at least as long as its piece.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], master: Callable[[str], Tensor]) -> None:
+        self._pieces, self._master = pieces, master
+        self._base = {piece.name: piece.weights.detach().to("cpu", copy=True) for piece in pieces}
+
+    def base(self, name: str) -> Tensor:
+        return self._base[name]
+
+    def scores(self) -> Iterator[tuple[str, int, Tensor]]:
+        for piece in self._pieces:
+            master = self._master(piece.name)[: piece.weights.numel()]
+            yield piece.name, piece.start, master - self._base[piece.name].to(master.device).float()
+
+    def nbytes(self) -> dict[str, int]:
+        return {"base_host": sum(base.nbytes for base in self._base.values())}
+
+
+class WeightScores:
+    """`magnitude` and `random`: nothing is accumulated."""
+
+    def __init__(self, pieces: Sequence[Piece], score: str) -> None:
+        self._pieces, self._score = pieces, score
+
+    def add_gradient(self, name: str, gradient: Tensor) -> None:
+        pass
+
+    def finish_backward(self, last: bool) -> None:
+        pass
+
+    def step(self, loss_scale: float) -> tuple[Tensor, Tensor]:
+        return torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.bool)
+
+    def scores(self) -> Iterator[tuple[str, int, Tensor]]:
+        for piece in self._pieces:
+            scores = (
+                piece.weights.float()
+                if self._score == "magnitude"
+                else torch.ones_like(piece.weights, dtype=torch.float32)
+            )
+            yield piece.name, piece.start, scores
+
+    def nbytes(self) -> dict[str, int]:
+        return {}
+
+
+class GradientScores:
+    """Accumulates |g| or g^2 of every global batch in fp32, one value per weight of the partition, and nothing else.
+
+    accumulates: the global batch has several micro steps (or fp16 may overflow), so the sum of their gradients needs a
+    second value per weight; else every reduced bucket goes straight into the score.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        score: str,
+        *,
+        groups: ReductionGroups,
+        device: torch.device,
+        bucket_numel: int,
+        accumulates: bool,
+    ) -> None:
+        self._pieces, self._score, self._groups = pieces, score, groups
+        self._slot = {piece.name: slot for slot, piece in enumerate(pieces)}
+        counts = [dense_counts(piece.numel, groups.shard_size) for piece in pieces]
+        self._offsets = [0]
+        for piece in pieces:
+            self._offsets.append(self._offsets[-1] + piece.weights.numel())
+        self._sum = torch.zeros(self._offsets[-1], device=device)
+        self._gradient = torch.zeros_like(self._sum) if accumulates else None
+        self._delivered: set[int] = set()
+        self._square = torch.zeros((), dtype=torch.float64, device=device)
+        self._reducer = GradientReducer(
+            counts, bucket_numel=bucket_numel, groups=groups, deliver=self._deliver, device=device
+        )
+        self.num_batches = 0
+
+    def add_gradient(self, name: str, gradient: Tensor) -> None:
+        """Hand a whole tensor's gradient (any float dtype) to the reduction."""
+        flat = gradient.reshape(-1)
+        self._reducer.add(self._slot[name], lambda out, is_first: out.copy_(flat) if is_first else out.add_(flat))
+
+    def finish_backward(self, last: bool) -> None:
+        self._reducer.finish(last)
+        self._delivered.clear()
+
+    def _deliver(self, slots: range, values: Tensor) -> None:
+        where = slice(self._offsets[slots.start], self._offsets[slots.stop])
+        if self._gradient is not None:
+            self._gradient[where].add_(values)
+            return
+        if not self._delivered.isdisjoint(slots):
+            raise ValueError(
+                f"{self._pieces[slots.start].name} got gradients twice in one backward (weights shared under "
+                "reentrant activation "
+                "checkpointing). Use non-reentrant checkpointing, or gradient_accumulation_steps > 1."
+            )
+        self._delivered.update(slots)
+        self._add(where, values)
+
+    def _add(self, where: slice, gradient: Tensor) -> None:
+        for first in range(where.start, where.stop, 1 << 22):
+            last = min(first + (1 << 22), where.stop)
+            piece = gradient[first - where.start : last - where.start]
+            self._square += piece.double().square_().sum()
+            self._sum[first:last].add_(piece * piece if self._score == "fisher" else piece.abs())
+
+    def step(self, loss_scale: float) -> tuple[Tensor, Tensor]:
+        """End of a global batch: add its gradient to the score. Returns the gradient's norm and whether it was skipped
+        because it is not finite (fp16 only; elsewhere selection refuses what comes of it). Collective."""
+        if self._gradient is not None:
+            finite = torch.isfinite(self._gradient).all().to(torch.int32)
+            if self._groups.world is not None:
+                dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=self._groups.world)
+            if bool(finite):
+                self._add(slice(0, self._sum.numel()), self._gradient.div_(loss_scale))
+            self._gradient.zero_()
+            skip = finite == 0
+        else:
+            skip = torch.zeros((), dtype=torch.bool)
+        square = self._square.clone()
+        if self._groups.shard is not None:
+            dist.all_reduce(square, group=self._groups.shard)
+        self._square.zero_()
+        self.num_batches += 1 if not bool(skip) else 0
+        return square.sqrt(), skip
+
+    def scores(self) -> Iterator[tuple[str, int, Tensor]]:
+        if self.num_batches == 0:
+            raise ValueError(
+                f"score {self._score!r} needs at least one global batch, and none ended inside the block: train "
+                "at least one step"
+            )
+        for slot, piece in enumerate(self._pieces):
+            mean = self._sum[self._offsets[slot] : self._offsets[slot + 1]] / self.num_batches
+            yield piece.name, piece.start, mean * piece.weights.float().abs() if self._score == "snip" else mean
+
+    def nbytes(self) -> dict[str, int]:
+        buffers = self._reducer.bucket_bytes * (3 if self._groups.shard is not None else 1)
+        gradient = 0 if self._gradient is None else self._gradient.nbytes
+        return {"scores": self._sum.nbytes, "gradient": gradient, "bucket": buffers}
+
+
+def piece_of(name: str, numel: int, partition: Tensor, rank: int, size: int) -> Piece:
+    """The real part of `partition`, rank `rank`'s padded piece of a tensor of `numel` elements over `size` ranks."""
+    start, stop = owned_range(numel, size, rank)
+    return Piece(name, numel, start, partition[: stop - start])

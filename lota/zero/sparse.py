@@ -1,0 +1,172 @@
+"""Sparse training on the partitions of one rank: compact gradients, clipping, the step, the ticket. No DeepSpeed
+here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lota.kernels import gather, gather_add_
+from lota.ticket import Mask
+from lota.zero.layout import Slot
+from lota.zero.reduction import GradientReducer, ReductionGroups
+from lota.zero.state import CompactState
+from lota.zero.update import Update
+
+_NORM_CHUNK = 1 << 18
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Tensors whose padded pieces stand one after another in the flat buffer `weights` of this rank.
+
+    settings: position of their parameter group in the caller's optimizer.
+    """
+
+    names: tuple[str, ...]
+    numels: tuple[int, ...]
+    weights: Tensor
+    settings: int
+
+
+class SparseTraining:
+    """Compact state of all tensors of a mask, fed with dense gradients one tensor at a time.
+
+    device: where gradients appear. bucket_numel: most entries of a reduction bucket. once_per_step: reduce once per
+    step instead of once per micro step.
+    """
+
+    def __init__(
+        self,
+        tensor_groups: Sequence[TensorGroup],
+        mask: Mask,
+        update: Update,
+        *,
+        groups: ReductionGroups,
+        device: torch.device,
+        bucket_numel: int,
+        once_per_step: bool,
+    ) -> None:
+        self.mask, self.update, self.groups, self.device = mask, update, groups, device
+        self.tensor_groups = tuple(tensor_groups)
+        self.states = [
+            CompactState(g.names, g.numels, g.weights, mask.indices, groups.shard_rank, groups.shard_size, device)
+            for g in tensor_groups
+        ]
+        for state in self.states:
+            for name in update.moment_names:
+                state.add_moment(name)
+        self._place: dict[str, tuple[int, int]] = {}
+        for g, state in enumerate(self.states):
+            self._place |= {slot.name: (g, s) for s, slot in enumerate(state.layout.slots)}
+        self._reducers = [
+            GradientReducer(
+                [slot.counts for slot in state.layout.slots],
+                bucket_numel=bucket_numel,
+                groups=groups,
+                deliver=state.accumulate,
+                device=device,
+                once_per_step=once_per_step,
+            )
+            for state in self.states
+        ]
+        self.num_reductions = 0
+        self.num_steps = 0
+        self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    def slot(self, name: str) -> tuple[CompactState, Slot]:
+        group, slot = self._place[name]
+        return self.states[group], self.states[group].layout.slots[slot]
+
+    def add_gradient(self, name: str, gradient: Tensor) -> None:
+        """Compact a tensor's dense gradient (any float dtype, whole tensor) and hand it to the reduction."""
+        group, index = self._place[name]
+        state = self.states[group]
+        slot = state.layout.slots[index]
+        span = {"start": slot.full_start, "stop": slot.full_start + slot.num_active, "origin": slot.full_origin}
+        flat = gradient.reshape(-1)
+
+        def write(out: Tensor, is_first: bool) -> None:
+            if is_first:
+                gather(flat, state.full_index, out=out, **span)
+            else:
+                gather_add_(out, flat, state.full_index, **span)
+
+        self._reducers[group].add(index, write)
+
+    def finish_backward(self, last: bool) -> None:
+        """After every backward (`last`: of the step): reduce and accumulate what is left. Collective."""
+        for reducer in self._reducers:
+            reducer.finish(last)
+        self.num_reductions += 1
+
+    def step(self, settings: Sequence[dict[str, Any]], clip: float, loss_scale: float) -> tuple[Tensor, Tensor]:
+        """Clip by the norm over active entries, update, scatter, zero the gradients. Collective.
+
+        settings: the optimizer's parameter groups. clip: largest norm, 0 for none. Returns the norm of the unscaled
+        gradient before clipping and the skip flag (a non-finite norm on any rank), as device scalars; a skipped step
+        changes nothing but the gradients.
+        """
+        norm = self._squared_norm().sqrt() / loss_scale
+        skip = ~torch.isfinite(norm)
+        if self.groups.world is not None and self.groups.replica is not None:
+            flag = skip.to(torch.int32)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.groups.world)
+            skip = flag > 0
+        scale = torch.full_like(norm, 1.0 / loss_scale)
+        if clip > 0:
+            scale = scale * (clip / (norm + 1e-6)).clamp(max=1.0)
+        for group, state in zip(self.tensor_groups, self.states, strict=True):
+            where = state.master.device
+            self.update(state, settings[group.settings], scale.float().to(where), skip.to(where))
+            state.gradient.zero_()
+        self.num_steps += 1
+        self._num_skipped += skip
+        return norm, skip
+
+    def _squared_norm(self) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for state in self.states:
+            for piece in state.gradient.split(_NORM_CHUNK):
+                total += piece.double().square_().sum().to(self.device)
+        if self.groups.shard is not None:
+            dist.all_reduce(total, group=self.groups.shard)
+        return total
+
+    def discard_gradients(self) -> None:
+        for reducer, state in zip(self._reducers, self.states, strict=True):
+            reducer.discard()
+            state.gradient.zero_()
+
+    def current_values(self, name: str, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        """This rank's values of a tensor's active entries (bits of the weights, or fp32 masters) and the base's."""
+        state, slot = self.slot(name)
+        entries = state.entries(slot)
+        base = state.base_values[entries]
+        if dtype == torch.float32:
+            return state.master[entries].cpu(), base
+        values = state.weights.new_empty(entries.stop - entries.start)
+        gather(state.weights, state.local_index, out=values, start=entries.start, stop=entries.stop)
+        return values.cpu(), base
+
+    def num_skipped(self) -> int:
+        return int(self._num_skipped)
+
+    def bytes_sent(self) -> int:
+        return sum(reducer.bytes_sent for reducer in self._reducers)
+
+    def bucket_bytes(self) -> int:
+        return max((reducer.bucket_bytes for reducer in self._reducers), default=0)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes this rank holds beside the weights, by kind."""
+        total: dict[str, int] = {}
+        for state in self.states:
+            for kind, size in state.nbytes().items():
+                total[kind] = total.get(kind, 0) + size
+        return total

@@ -1,0 +1,103 @@
+"""Compact state of one group of tensors on one rank, and the update that goes through it.
+
+Everything but the weights lives here: the index of active entries, fp32 masters, moments and accumulated gradients (one
+value per active entry that this rank owns), and the base's values of those entries in host memory, which the ticket
+needs for undoing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lota.kernels import TileIndex, gather, padded_zeros
+from lota.zero.layout import Layout, Slot, build_layout, owned_range, owner_counts
+
+
+class CompactState:
+    """Index, masters, moments and gradient of the tensors `names`, whose pieces stand in `weights` one after another.
+
+    weights: flat `[layout.local_numel]` buffer of this rank's padded pieces, in the model's dtype; never copied.
+    positions(name): int64 ascending flat indices of a tensor's active entries (the whole tensor's).
+    index_device: where gradients appear; it holds the index of all the group's entries, with which they are gathered.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        numels: Sequence[int],
+        weights: Tensor,
+        positions: Callable[[str], Tensor],
+        rank: int,
+        size: int,
+        index_device: torch.device,
+    ) -> None:
+        self.weights = weights
+        counts = [owner_counts(positions(name), numel, size) for name, numel in zip(names, numels, strict=True)]
+        self.layout: Layout = build_layout(list(zip(names, numels, counts, strict=True)), rank)
+        if self.layout.local_numel != weights.numel():
+            raise ValueError(
+                f"the group's pieces hold {self.layout.local_numel} elements, its buffer {weights.numel()}"
+            )
+        layout = self.layout
+        pieces = (positions(slot.name) + slot.full_origin for slot in layout.slots)
+        self.full_index = TileIndex.from_pieces(pieces, layout.full_active, layout.full_numel, index_device)
+        if size == 1 and index_device == weights.device:
+            self.local_index = self.full_index
+        else:
+            local = (self._local_positions(slot).to(weights.device) for slot in layout.slots)
+            self.local_index = TileIndex.from_pieces(local, layout.local_active, layout.local_numel, weights.device)
+        self.master = padded_zeros(self.local_index)
+        gather(weights, self.local_index, out=self.master[: layout.local_active])
+        self.gradient = padded_zeros(self.local_index)
+        self.moments: dict[str, Tensor] = {}
+        self.base_values = gather(weights, self.local_index, out=weights.new_empty(layout.local_active)).cpu()
+
+    def _local_positions(self, slot: Slot) -> Tensor:
+        """Positions in this rank's flat buffer of the slot's entries that it owns."""
+        before = sum(slot.counts[: self.layout.rank])
+        first = slot.full_start + before
+        positions = self.full_index.positions(first, first + slot.counts[self.layout.rank])
+        start, _ = owned_range(slot.numel, self.layout.size, self.layout.rank)
+        return positions + (slot.local_origin - slot.full_origin - start)
+
+    def add_moment(self, name: str) -> None:
+        self.moments[name] = padded_zeros(self.local_index)
+
+    def accumulate(self, slots: range, values: Tensor) -> None:
+        """Add reduced gradients (fp32, slot after slot) to what earlier micro steps left."""
+        start = self.layout.slots[slots.start].local_start
+        piece = self.gradient[start : start + values.numel()]
+        piece.add_(values.to(piece.device))
+
+    def entries(self, slot: Slot) -> slice:
+        """Where the slot's entries stand in this rank's compact vectors."""
+        return slice(slot.local_start, slot.local_start + slot.counts[self.layout.rank])
+
+    def dense_piece(self, slot: Slot, values: Tensor, fill: Tensor | None = None) -> Tensor:
+        """This rank's padded fp32 piece of a tensor with compact `values` at its active entries and `fill`
+        elsewhere."""
+        piece = torch.zeros(slot.partition_numel, device=values.device) if fill is None else fill.float()
+        entries = self.entries(slot)
+        positions = self.local_index.positions(entries.start, entries.stop) - slot.local_origin
+        return piece.index_copy_(0, positions, values[entries])
+
+    def slot_weights(self, slot: Slot) -> Tensor:
+        """This rank's padded piece of the tensor's weights (a view)."""
+        return self.weights[slot.local_origin : slot.local_origin + slot.partition_numel]
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held, by kind; the index counts once where the full and the local one are the same."""
+        index = self.full_index.nbytes + (0 if self.local_index is self.full_index else self.local_index.nbytes)
+        return {
+            "index": index,
+            "master": self.master.nbytes,
+            "moments": sum(moment.nbytes for moment in self.moments.values()),
+            "gradient": self.gradient.nbytes,
+            "base_values_host": self.base_values.nbytes,
+        }
+
+    def slots(self) -> Iterator[Slot]:
+        return iter(self.layout.slots)

@@ -1,0 +1,48 @@
+"""Every trainer calibrates, trains, leaves frozen bits alone and saves a ticket; only the two blocks are added."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lota
+from tests.zero import trainers
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return trainers.make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "score", "checkpointing"),
+    [
+        ("trainer", "gradient", None),
+        ("trainer", "task_vector", "reentrant"),
+        ("sft", "task_vector", "non-reentrant"),
+        ("sft", "snip", None),
+        ("dpo", "gradient", None),
+    ],
+)
+def test_trainer(ranks, base, kind, score, checkpointing):
+    results = ranks(2).run(trainers.calibrate_and_train, kind, str(base), score, checkpointing)
+    first = results[0]
+    mask = first["mask"]
+    assert mask.num_active == round(0.1 * mask.eligible)
+    assert not any("embed" in name or "norm" in name or "lm_head" in name for name in mask.names)
+    for result in results:
+        assert result["mask"] == mask
+        assert all(result["flags"])
+        for name, before in result["before"].items():
+            active = mask.dense(name) if name in mask.names else torch.zeros_like(before, dtype=torch.bool)
+            assert torch.equal(result["after"][name][~active], before[~active]), name
+        assert result["saved"] == first["saved"]
+        assert result["report"]["steps"] == 3
+        assert result["report"]["skipped_steps"] == 0
+    ticket = lota.Ticket.load(base / f"ticket-{kind}-{score}")
+    assert ticket.num_active == mask.num_active == first["saved"]["num_active"]
+    assert ticket.num_changed == first["saved"]["num_changed"] > 0.8 * mask.num_active
+    for name in ticket.names:
+        positions = mask.indices(name)
+        assert torch.equal(ticket.values(name), first["after"][name].flatten()[positions])
+        assert torch.equal(ticket.base_values(name), first["before"][name].flatten()[positions])
