@@ -1,0 +1,235 @@
+"""ticket.json: what a ticket directory says about itself, as types that can only be made from valid text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from lota.ticket.codec import ELIAS_FANO, MAX_NUMEL, num_bytes
+from lota.ticket.container import parse_json
+
+MANIFEST_NAME = "ticket.json"
+FORMAT, VERSION = "lota-ticket", 1
+DTYPES = ("bfloat16", "float16", "float32")
+_FILE_NAME = re.compile(r"ticket(-[0-9]{5,}-of-[0-9]{5,})?\.safetensors")
+_FIRST_LINE = re.compile(rb'\{"sha256": "([0-9a-f]{64})",')
+_HEX_64, _HEX_16 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class BaseTensor:
+    """One tensor of the base. dtype: "bfloat16", "float16" or "float32". fingerprint: 16 lower-case hex digits."""
+
+    dtype: str
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"a base tensor's dtype must be {', '.join(DTYPES)}, got {self.dtype!r}")
+        if not isinstance(self.fingerprint, str) or not _HEX_16.fullmatch(self.fingerprint):
+            raise ValueError(f"a fingerprint must be 16 lower-case hex digits, got {self.fingerprint!r}. Use to_hex().")
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor's part of ticket.json; the dtypes and sha256 of values that are not stored are None."""
+
+    name: str
+    shape: tuple[int, ...]
+    num_active: int
+    base: BaseTensor | None
+    file: str
+    codec: str
+    low_bits: int
+    index_sha256: str
+    values_dtype: str | None = None
+    values_sha256: str | None = None
+    base_values_dtype: str | None = None
+    base_values_sha256: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of ticket.json. num_changed: None without base values."""
+
+    tensors: tuple[TensorRecord, ...]
+    has_values: bool
+    has_base_values: bool
+    num_changed: int | None
+    provenance: dict[str, Any]
+
+    @property
+    def num_active(self) -> int:
+        return sum(record.num_active for record in self.tensors)
+
+    @property
+    def eligible(self) -> int:
+        return sum(record.numel for record in self.tensors)
+
+
+def check_provenance(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`provenance` as JSON gives it back (a copy; tuples become lists). ValueError where it is no JSON object."""
+    if provenance is None:
+        return {}
+    if not isinstance(provenance, Mapping):
+        raise ValueError(f"provenance must be a dict, got {type(provenance).__name__}")
+    try:
+        return cast("dict[str, Any]", parse_json(json.dumps(dict(provenance), allow_nan=False).encode()))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"provenance must be JSON (text, finite numbers, lists, dicts): {error}") from None
+
+
+def format_manifest(manifest: Manifest) -> bytes:
+    """The bytes of ticket.json: a line with the sha256 of all that follows it, then the rest, a tensor a line."""
+    lines = [_format_tensor(record) for record in manifest.tensors]
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "num_active": manifest.num_active,
+        "eligible": manifest.eligible,
+        "has_values": manifest.has_values,
+        "has_base_values": manifest.has_base_values,
+        "num_changed": manifest.num_changed,
+        "provenance": manifest.provenance,
+    }
+    body = json.dumps(head)[1:-1] + ',\n"tensors": [' + ",".join("\n" + line for line in lines) + "\n]}\n"
+    digest = hashlib.sha256(body.encode("ascii")).hexdigest()
+    return f'{{"sha256": "{digest}",\n{body}'.encode("ascii")
+
+
+def parse_manifest(text: bytes) -> Manifest:
+    """The inverse of `format_manifest`; ValueError (expected, got, cure; without the path) on anything else."""
+    first, _, body = text.partition(b"\n")
+    match = _FIRST_LINE.fullmatch(first)
+    if match is None:
+        raise ValueError(
+            f"expected the first line {{\"sha256\": \"<64 hex digits>\", got {first[:90]!r}. "
+            "The file is damaged or no ticket: copy it again."
+        )
+    digest = hashlib.sha256(body).hexdigest()
+    if digest != match.group(1).decode("ascii"):
+        raise ValueError(
+            f"expected text of sha256 {match.group(1).decode('ascii')}, got {digest}. "
+            "It was damaged or edited after it was written: copy it again."
+        )
+    head = _Fields(parse_json(text), "ticket.json")
+    head.take("sha256", str)
+    written = (head.take("format", str), head.take("version", int))
+    if written != (FORMAT, VERSION):
+        raise ValueError(
+            f"expected format {FORMAT} version {VERSION}, got {written[0]} version {written[1]}. "
+            "Update lota to read newer tickets."
+        )
+    has_values, has_base_values = head.take("has_values", bool), head.take("has_base_values", bool)
+    if has_base_values and not has_values:
+        raise ValueError("expected values wherever there are base values, got base values alone")
+    num_changed = head.take("num_changed", int if has_base_values else type(None))
+    provenance = head.take("provenance", dict)
+    num_active, eligible = head.take("num_active", int), head.take("eligible", int)
+    tensors = tuple(_parse_tensor(entry, has_values, has_base_values) for entry in head.take("tensors", list))
+    head.finish()
+    manifest = Manifest(tensors, has_values, has_base_values, num_changed, provenance)
+    if len({record.name for record in tensors}) != len(tensors):
+        raise ValueError("expected every tensor once, got a name twice")
+    if (num_active, eligible) != (manifest.num_active, manifest.eligible):
+        raise ValueError(
+            f"expected num_active {manifest.num_active} and eligible {manifest.eligible}, the sums over its tensors, "
+            f"got {num_active} and {eligible}"
+        )
+    if num_changed is not None and not 0 <= num_changed <= num_active:
+        raise ValueError(f"expected num_changed from 0 to {num_active}, got {num_changed}")
+    if len({record.base is None for record in tensors}) > 1:
+        raise ValueError("expected a base for every tensor or for none, got it for some")
+    return manifest
+
+
+def _format_tensor(record: TensorRecord) -> str:
+    index: dict[str, Any] = {"codec": record.codec}
+    if record.codec == ELIAS_FANO:
+        index["low_bits"] = record.low_bits
+    entry: dict[str, Any] = {"name": record.name, "shape": list(record.shape), "num_active": record.num_active}
+    if record.base is not None:
+        entry["base"] = {"dtype": record.base.dtype, "fingerprint": record.base.fingerprint}
+    entry |= {"file": record.file, "index": index | {"sha256": record.index_sha256}}
+    if record.values_dtype is not None:
+        entry["values"] = {"dtype": record.values_dtype, "sha256": record.values_sha256}
+    if record.base_values_dtype is not None:
+        entry["base_values"] = {"dtype": record.base_values_dtype, "sha256": record.base_values_sha256}
+    return json.dumps(entry)
+
+
+def _parse_tensor(entry: Any, has_values: bool, has_base_values: bool) -> TensorRecord:
+    name = _Fields(entry, "a tensor", partial=True).take("name", str)
+    fields = _Fields(entry, f"tensor {name!r:.200}")
+    fields.take("name", str)
+    shape = fields.take("shape", list)
+    is_shape = len(shape) <= 64 and all(type(size) is int and 0 <= size <= MAX_NUMEL for size in shape)
+    if not is_shape or math.prod(shape) > MAX_NUMEL:
+        raise ValueError(f"{fields.where}: expected a shape of at most 2**62 elements, got {shape!r:.80}")
+    num_active = fields.take("num_active", int)
+    base = None
+    if "base" in entry:
+        base_fields = _Fields(fields.take("base", dict), f"{fields.where}, base")
+        base = BaseTensor(base_fields.take("dtype", str), base_fields.take("fingerprint", str))
+        base_fields.finish()
+    file = fields.take("file", str)
+    if not _FILE_NAME.fullmatch(file):
+        raise ValueError(f"{fields.where}: expected a file name like ticket.safetensors, got {file!r:.80}")
+    index = _Fields(fields.take("index", dict), f"{fields.where}, index")
+    codec = index.take("codec", str)
+    low_bits = index.take("low_bits", int) if codec == ELIAS_FANO else 0
+    index_sha256 = index.take("sha256", str, _HEX_64)
+    try:
+        num_bytes(codec, math.prod(shape), num_active, low_bits)
+    except ValueError as error:
+        raise ValueError(f"{fields.where}: {error}") from None
+    index.finish()
+    values = _parse_values(fields, "values") if has_values else (None, None)
+    base_values = _parse_values(fields, "base_values") if has_base_values else (None, None)
+    fields.finish()
+    return TensorRecord(
+        name, tuple(shape), num_active, base, file, codec, low_bits, index_sha256, *values, *base_values
+    )
+
+
+def _parse_values(fields: _Fields, kind: str) -> tuple[str, str]:
+    values = _Fields(fields.take(kind, dict), f"{fields.where}, {kind}")
+    dtype, sha256 = values.take("dtype", str), values.take("sha256", str, _HEX_64)
+    if dtype not in DTYPES:
+        raise ValueError(f"{values.where}: expected dtype {', '.join(DTYPES)}, got {dtype!r:.80}")
+    values.finish()
+    return dtype, sha256
+
+
+class _Fields:
+    """A JSON object whose fields are taken one by one with their type; what stays untaken is an error."""
+
+    def __init__(self, entry: Any, where: str, partial: bool = False) -> None:
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where}: expected a JSON object, got {type(entry).__name__}")
+        self.where = where
+        self._entry = entry
+        self._taken: set[str] = set(entry) if partial else set()
+
+    def take(self, key: str, kind: type, pattern: re.Pattern[str] | None = None) -> Any:
+        if key not in self._entry:
+            raise ValueError(f"{self.where}: expected the field {key!r}, got {sorted(self._entry)!r:.200}")
+        value = self._entry[key]
+        if type(value) is not kind or (pattern is not None and not pattern.fullmatch(str(value))):
+            raise ValueError(f"{self.where}: expected {key!r} to be a valid {kind.__name__}, got {value!r:.80}")
+        self._taken.add(key)
+        return value
+
+    def finish(self) -> None:
+        unknown = set(self._entry) - self._taken
+        if unknown:
+            raise ValueError(f"{self.where}: expected no further fields, got {sorted(unknown)!r:.200}")

@@ -1,0 +1,256 @@
+"""Mask: which entries of which tensors are active (trained), encoded in memory as on disk."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lota.ticket.codec import EncodedIndex, decode, encode
+from lota.ticket.manifest import BaseTensor, TensorRecord
+from lota.ticket.reader import open_ticket
+from lota.ticket.writer import TicketWriter
+
+Shape = tuple[int, ...]
+
+
+class Mask:
+    """The active entries of named tensors; immutable. True means trained.
+
+    Holds encoded indices only (0.5 bits a weight at 10%, 0.09 at 1%), on the CPU; a tensor is decoded when asked for.
+    Tensors without active entries stay named: they count as eligible. Two masks are equal when names, shapes and active
+    entries are, whatever the order of names and the base.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, tuple[Shape, EncodedIndex]],
+        base: Mapping[str, BaseTensor] | None = None,
+        origin: str = "",
+    ) -> None:
+        """From encoded indices; `from_dense`, `from_indices` and `load` are the usual ways. origin: for messages."""
+        self._origin = origin
+        self._shapes = {name: tuple(int(size) for size in shape) for name, (shape, _) in tensors.items()}
+        self._indices = {name: index for name, (_, index) in tensors.items()}
+        self._digest: str | None = None
+        for name, shape in self._shapes.items():
+            if not isinstance(name, str) or not name or not _is_utf8(name):
+                raise ValueError(f"a tensor's name must be a non-empty string of Unicode, got {name!r}")
+            index = self._indices[name]
+            if index.numel != math.prod(shape) or not index.is_canonical:
+                raise ValueError(f"{name}: expected an index that encode() made for shape {shape}")
+        self._base = self._checked_base(base or {})
+
+    @classmethod
+    def from_dense(cls, tensors: Mapping[str, Tensor], base: Mapping[str, BaseTensor] | None = None) -> Mask:
+        """From bool tensors of any shape and device, True = active. ValueError on another dtype."""
+        made = {}
+        for name, dense in tensors.items():
+            if not isinstance(dense, Tensor) or dense.dtype != torch.bool:
+                got = dense.dtype if isinstance(dense, Tensor) else type(dense).__name__
+                raise ValueError(f"{name}: expected a bool tensor, True where an entry is active, got {got}")
+            made[name] = (tuple(dense.shape), encode(dense.flatten().nonzero().squeeze(1), dense.numel()))
+        return cls(made, base)
+
+    @classmethod
+    def from_indices(
+        cls,
+        tensors: Mapping[str, tuple[Shape, Tensor]] | Iterable[tuple[str, Shape, Tensor]],
+        base: Mapping[str, BaseTensor] | None = None,
+    ) -> Mask:
+        """From flat (row-major) positions: int64 `[n]`, ascending, unique. ValueError names the tensor otherwise.
+
+        tensors: `{name: (shape, positions)}`, or an iterable of `(name, shape, positions)`, of which each is encoded
+        before the next is asked for.
+        """
+        rows = ((name, *row) for name, row in tensors.items()) if isinstance(tensors, Mapping) else tensors
+        made: dict[str, tuple[Shape, EncodedIndex]] = {}
+        for name, shape, positions in rows:
+            if name in made:
+                raise ValueError(f"{name}: expected every tensor once, got it twice")
+            try:
+                made[name] = (tuple(shape), encode(positions, math.prod(shape)))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return cls(made, base)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Tensor names in the order in which they were given."""
+        return tuple(self._shapes)
+
+    @property
+    def num_active(self) -> int:
+        return sum(index.num_active for index in self._indices.values())
+
+    @property
+    def eligible(self) -> int:
+        """Elements of all named tensors."""
+        return sum(index.numel for index in self._indices.values())
+
+    @property
+    def density(self) -> float:
+        """num_active / eligible; 0.0 for a mask without elements."""
+        return self.num_active / self.eligible if self.eligible else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the encoded indices in memory."""
+        return sum(index.data.numel() for index in self._indices.values())
+
+    @property
+    def base(self) -> dict[str, BaseTensor]:
+        """dtype and fingerprint of the base's tensor by name; empty for a mask that knows no base."""
+        return dict(self._base)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over names, shapes and indices, in hex: equal exactly for equal masks."""
+        if self._digest is None:
+            hasher = hashlib.sha256()
+            for name in sorted(self._shapes):
+                index = self._indices[name]
+                row = [name, list(self._shapes[name]), index.num_active, index.codec, index.low_bits]
+                hasher.update(json.dumps(row).encode("ascii") + b"\n")
+                hasher.update(index.data.numpy().data)
+            self._digest = hasher.hexdigest()
+        return self._digest
+
+    def shape(self, name: str) -> Shape:
+        return self._shapes[self._known(name)]
+
+    def numel(self, name: str) -> int:
+        return self._indices[self._known(name)].numel
+
+    def active(self, name: str) -> int:
+        """Active entries of tensor `name`."""
+        return self._indices[self._known(name)].num_active
+
+    def encoded(self, name: str) -> EncodedIndex:
+        """The encoded index of tensor `name`; not a copy."""
+        return self._indices[self._known(name)]
+
+    def indices(self, name: str) -> Tensor:
+        """Flat positions of the active entries: int64 `[active(name)]` on the CPU, ascending, decoded at every call."""
+        index = self.encoded(name)
+        try:
+            return decode(index)
+        except ValueError as error:
+            where = f"{self._origin}: {name}" if self._origin else name
+            raise ValueError(f"{where}: {error}. The index is wrong: make the mask again.") from None
+
+    def dense(self, name: str) -> Tensor:
+        """bool tensor of `shape(name)` on the CPU, True where active."""
+        positions = self.indices(name)
+        dense = torch.zeros(self.numel(name), dtype=torch.bool)
+        dense[positions] = True
+        return dense.view(self.shape(name))
+
+    def with_base(self, base: Mapping[str, BaseTensor]) -> Mask:
+        """The same mask with `base` for all of its tensors (or `{}` to forget it); shares the indices."""
+        return Mask({name: (shape, self._indices[name]) for name, shape in self._shapes.items()}, base, self._origin)
+
+    def check_base(self, name: str, shape: Iterable[int], dtype: str, fingerprint: str | None) -> None:
+        """ValueError unless the mask is for a tensor of that name, shape, and (where the mask knows) that base.
+
+        dtype: "bfloat16" or "torch.bfloat16". fingerprint: 16 hex digits, or None to leave it unchecked.
+        """
+        expected = self.shape(name)
+        if tuple(shape) != expected:
+            raise ValueError(
+                f"{name}: expected shape {expected}, as in the mask, got {tuple(shape)}. "
+                "The mask is of another model (or of a transposed or fused one)."
+            )
+        base = self._base.get(name)
+        if base is None:
+            return
+        if dtype.removeprefix("torch.") != base.dtype:
+            raise ValueError(
+                f"{name}: expected base weights in {base.dtype}, got {dtype}. Load the base model in {base.dtype}."
+            )
+        if fingerprint is not None and fingerprint != base.fingerprint:
+            raise ValueError(
+                f"{name}: expected base weights of fingerprint {base.fingerprint}, got {fingerprint}. "
+                "The mask belongs to another base model or revision, or these weights were already changed."
+            )
+
+    def overlap(self, other: Mask) -> int:
+        """Entries active in both masks. ValueError where a tensor of the same name has another shape."""
+        total = 0
+        for name, shape in self._shapes.items():
+            if name not in other._shapes:
+                continue
+            if other._shapes[name] != shape:
+                raise ValueError(
+                    f"{name}: expected the same shape in both masks, got {shape} and {other._shapes[name]}. "
+                    "They are of different models."
+                )
+            if self.active(name) and other.active(name):
+                few, many = sorted((self.indices(name), other.indices(name)), key=len)
+                nearest = torch.searchsorted(many, few).clamp_(max=many.numel() - 1)
+                total += int(torch.count_nonzero(many[nearest] == few))
+        return total
+
+    def save(
+        self, path: str | os.PathLike[str], provenance: Mapping[str, Any] | None = None, *, overwrite: bool = False
+    ) -> None:
+        """Write the directory `path` (ticket.json, ticket.safetensors) atomically; ValueError where something is."""
+        with TicketWriter(path, self, provenance, overwrite=overwrite) as writer:
+            writer.add_mask_only()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Mask:
+        """Read the mask of a mask or ticket directory. ValueError (path, expected, got, cure) where it is damaged."""
+        stored = open_ticket(path)
+        return cls.of_records(stored.manifest.tensors, stored.indices, str(path))
+
+    @classmethod
+    def of_records(cls, records: tuple[TensorRecord, ...], indices: Mapping[str, EncodedIndex], origin: str) -> Mask:
+        """From what a directory's manifest says of its tensors, and their indices."""
+        base = {record.name: record.base for record in records if record.base is not None}
+        return cls({record.name: (record.shape, indices[record.name]) for record in records}, base, origin)
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest == other.digest if isinstance(other, Mask) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Mask({len(self._shapes)} tensors, {self.num_active} of {self.eligible} active, {self.density:.4%})"
+
+    def _known(self, name: str) -> str:
+        if name not in self._shapes:
+            raise ValueError(f"unknown tensor {name!r}: the mask names {len(self._shapes)} tensors{self._close(name)}")
+        return name
+
+    def _close(self, name: str) -> str:
+        close = difflib.get_close_matches(str(name), self._shapes, n=1)
+        return f". Did you mean {close[0]!r}?" if close else f", {', '.join(self.names[:3])} among them."
+
+    def _checked_base(self, base: Mapping[str, BaseTensor]) -> dict[str, BaseTensor]:
+        if not base:
+            return {}
+        for name in base:
+            self._known(name)
+        missing = [name for name in self._shapes if name not in base]
+        if missing:
+            raise ValueError(
+                f"expected a base for all {len(self._shapes)} tensors or for none, none for {', '.join(missing[:3])}"
+            )
+        return {name: base[name] for name in self._shapes}
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

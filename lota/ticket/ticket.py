@@ -1,0 +1,142 @@
+"""Ticket: a mask with the new value of every active entry, the base's values to undo them, and where it came from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lota.ticket.manifest import check_provenance
+from lota.ticket.mask import Mask
+from lota.ticket.reader import open_ticket
+from lota.ticket.writer import DEFAULT_SHARD_BYTES, TicketWriter, check_values, count_changed
+
+
+class Ticket:
+    """New values for a mask's active entries, bit for bit; immutable.
+
+    A ticket made from tensors refers to them (it copies nothing); one that was loaded reads a tensor from its files at
+    every access and checks its sha256 then, so that it is never whole in memory. `verify` reads all of it at once.
+    """
+
+    def __init__(
+        self,
+        mask: Mask,
+        values: Mapping[str, Tensor],
+        base_values: Mapping[str, Tensor] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        """values, base_values: `[mask.active(name)]` for every name of the mask, in ascending flat order; bf16, fp16 or
+        fp32, each in its own dtype. provenance: anything JSON. ValueError otherwise.
+        """
+        _check_all("values", mask, values)
+        if base_values is not None:
+            _check_all("base_values", mask, base_values)
+        self._fill(mask, values, base_values, check_provenance(provenance), None)
+
+    def _fill(
+        self,
+        mask: Mask,
+        values: Mapping[str, Tensor],
+        base_values: Mapping[str, Tensor] | None,
+        provenance: dict[str, Any],
+        num_changed: int | None,
+    ) -> None:
+        self._mask, self._values, self._base_values = mask, values, base_values
+        self._provenance, self._num_changed = provenance, num_changed
+
+    @property
+    def mask(self) -> Mask:
+        return self._mask
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self._mask.names
+
+    @property
+    def density(self) -> float:
+        return self._mask.density
+
+    @property
+    def num_active(self) -> int:
+        return self._mask.num_active
+
+    @property
+    def has_base_values(self) -> bool:
+        return self._base_values is not None
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the writer told of the ticket's making; a copy."""
+        return check_provenance(self._provenance)
+
+    @property
+    def num_changed(self) -> int:
+        """Entries whose value differs from the base value, in bits (in fp32 where the two dtypes differ).
+
+        A loaded ticket answers from ticket.json; `verify` recounts. ValueError without base values.
+        """
+        if self._num_changed is None:
+            self._num_changed = sum(count_changed(self.values(name), self.base_values(name)) for name in self.names)
+        return self._num_changed
+
+    def values(self, name: str) -> Tensor:
+        """New values `[mask.active(name)]` of tensor `name`, in ascending flat order."""
+        self._mask.shape(name)  # an unknown name is refused here
+        return self._values[name]
+
+    def base_values(self, name: str) -> Tensor:
+        """The base's values `[mask.active(name)]`. ValueError when the ticket was written without them."""
+        self._mask.shape(name)
+        if self._base_values is None:
+            raise ValueError(
+                "this ticket holds no base values, so it cannot be undone by itself. "
+                "Take them from the base model, or save the ticket with base values."
+            )
+        return self._base_values[name]
+
+    def verify(self) -> None:
+        """Read everything: ValueError unless all values, all indices and num_changed are sound."""
+        for name in self.names:
+            self._mask.indices(name)
+            self.values(name)
+        if self._base_values is not None:
+            count = sum(count_changed(self.values(name), self.base_values(name)) for name in self.names)
+            if count != self.num_changed:
+                raise ValueError(f"expected num_changed {count}, counted over the values, got {self.num_changed}")
+
+    def save(
+        self, path: str | os.PathLike[str], *, shard_bytes: int = DEFAULT_SHARD_BYTES, overwrite: bool = False
+    ) -> None:
+        """Write the directory `path` atomically, tensor by tensor; ValueError where something is unless `overwrite`."""
+        with TicketWriter(path, self._mask, self._provenance, shard_bytes=shard_bytes, overwrite=overwrite) as writer:
+            for name in self.names:
+                writer.add(name, self.values(name), self.base_values(name) if self.has_base_values else None)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Ticket:
+        """Open a ticket directory. ValueError (path, expected, got, cure) on damage, and for a mask without values.
+
+        Reads and checks everything but the values, which are checked when they are read.
+        """
+        stored = open_ticket(path)
+        if stored.values is None:
+            raise ValueError(f"{path}: expected a ticket, got a mask without values. Use Mask.load.")
+        manifest = stored.manifest
+        mask = Mask.of_records(manifest.tensors, stored.indices, str(path))
+        ticket = cls.__new__(cls)  # the values' dtypes and lengths were checked against the files, without reading them
+        ticket._fill(mask, stored.values, stored.base_values, manifest.provenance, manifest.num_changed)
+        return ticket
+
+    def __repr__(self) -> str:
+        return f"Ticket({self._mask!r}, {'with' if self.has_base_values else 'without'} base values)"
+
+
+def _check_all(kind: str, mask: Mask, tensors: Mapping[str, Tensor]) -> None:
+    missing = [name for name in mask.names if name not in tensors]
+    if missing:
+        raise ValueError(f"expected {kind} for every tensor of the mask, got none for {', '.join(missing[:3])}")
+    for name in tensors:
+        check_values(kind, name, tensors[name], mask.active(name))
