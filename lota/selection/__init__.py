@@ -1,0 +1,7 @@
+"""Selection: which entries a ticket trains. Budgets, eligible tensors, protection, and an exact top-k over ranks."""
+
+from lota.selection.budget import validate_budget, validate_density
+from lota.selection.eligible import eligible
+from lota.selection.select import Selection, select
+
+__all__ = ["Selection", "eligible", "select", "validate_budget", "validate_density"]

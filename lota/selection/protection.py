@@ -1,0 +1,64 @@
+"""Entries that must not be chosen: the union of given masks over the tensors of a selection (LoTTO)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lota.ticket import BaseTensor, Mask
+
+
+class Protection:
+    """The union of masks, decoded for one tensor at a time; the same on every rank, without talking.
+
+    A mask may name tensors that this selection leaves out (they are frozen anyway) and may lack some that it has.
+    ValueError: not a Mask, another shape, or a base that is known on both sides and differs.
+    """
+
+    def __init__(
+        self,
+        masks: Sequence[Mask],
+        shapes: Mapping[str, Sequence[int]],
+        base: Mapping[str, BaseTensor] | None = None,
+    ) -> None:
+        if isinstance(masks, Mask) or not all(isinstance(mask, Mask) for mask in masks):
+            raise ValueError("protect must be a sequence of Mask, got something else. Pass [ticket.mask, ...].")
+        self._numels = {name: math.prod(shape) for name, shape in shapes.items()}
+        self._masks: dict[str, list[Mask]] = {name: [] for name in shapes}
+        self._decoded: tuple[str, Tensor] | None = None
+        for number, mask in enumerate(masks):
+            for name in mask.names:
+                if name not in shapes:
+                    continue
+                if tuple(mask.shape(name)) != tuple(shapes[name]):
+                    raise ValueError(
+                        f"protect[{number}] has {name} with shape {tuple(mask.shape(name))}, expected "
+                        f"{tuple(shapes[name])}. It was made for another model."
+                    )
+                if base is not None and name in mask.base:
+                    mask.check_base(name, tuple(shapes[name]), base[name].dtype, base[name].fingerprint)
+                if mask.active(name):
+                    self._masks[name].append(mask)
+
+    def num_free(self, name: str) -> int:
+        """Entries of the tensor that no mask protects."""
+        masks = self._masks[name]
+        if len(masks) == 1:
+            return self._numels[name] - masks[0].active(name)
+        return int(self._free(name).sum()) if masks else self._numels[name]
+
+    def free(self, name: str, start: int, stop: int, device: torch.device) -> Tensor | None:
+        """bool [stop - start], False where protected; None when nothing of this tensor is."""
+        return self._free(name)[start:stop].to(device) if self._masks[name] else None
+
+    def _free(self, name: str) -> Tensor:
+        if self._decoded is None or self._decoded[0] != name:
+            self._decoded = None  # never two tensors at once
+            free = torch.ones(self._numels[name], dtype=torch.bool, device="cpu")
+            for mask in self._masks[name]:
+                free[mask.indices(name)] = False
+            self._decoded = name, free
+        return self._decoded[1]

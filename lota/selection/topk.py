@@ -1,0 +1,179 @@
+"""Exact top-k by |score| over scores that lie in pieces on many ranks: two radix passes, and ties by hash.
+
+key(score) = the 31 low bits of the score as fp32: ordered as |score| is, with NaN above infinity. Pass one counts the
+upper 15 bits of all keys, pass two the lower 16 bits of those in the bin that holds the k-th largest. The counts are
+summed over the ranks, so every rank finds the same threshold key. Entries at the threshold are ranked by a bijective
+hash of their position in the whole model: a total order that owes nothing to the cut, and nested for smaller k. (Ties
+by position would fill whole early layers: bf16 deltas take few values.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lota.selection.ranks import Ranks
+
+LOW_BITS = 16
+NUM_HIGH_BINS = 1 << 15
+KEY_MASK = 0x7FFFFFFF
+INFINITY_KEY = 0x7F800000
+_INFINITY_BIN = INFINITY_KEY >> LOW_BITS
+# Elements per chunk: 4 MB temporaries stay in the last cache of a CPU core; accelerators want fewer launches.
+_CPU_CHUNK, _ACCELERATOR_CHUNK = 1 << 20, 1 << 24
+MAX_GATHERED_TIES = 1 << 20  # as many tied hashes as may be gathered and sorted (8 MB); above, one more radix pass
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rank's contiguous run of one tensor's scores: flat, any float dtype; `free` False where protected."""
+
+    name: str
+    start: int  # flat position of its first score inside the tensor
+    model_start: int  # the same inside the concatenation of all eligible tensors
+    scores: Tensor
+    free: Tensor | None = None
+
+    def chunks(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """(offset inside the piece, int32 keys, free) over the piece."""
+        size = _CPU_CHUNK if self.scores.device.type == "cpu" else _ACCELERATOR_CHUNK
+        for offset in range(0, self.scores.numel(), size):
+            scores = self.scores[offset : offset + size]
+            keys = scores.float().contiguous().view(torch.int32) & KEY_MASK
+            yield offset, keys, None if self.free is None else self.free[offset : offset + size]
+
+
+Walk = Callable[[], Iterable[Piece]]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Take every key above `key` and, of those equal to it, the ones whose hash is at most `last_hash`."""
+
+    key: int
+    num_above: int
+    num_tied: int  # free entries whose key equals `key`, chosen or not
+    num_taken: int  # of those, how many are chosen
+    last_hash: int | None  # None: all of them
+
+    @property
+    def threshold(self) -> float:
+        return float(torch.tensor(self.key, dtype=torch.int32, device="cpu").view(torch.float32))
+
+
+def count_high(piece: Piece) -> tuple[Tensor, int]:
+    """(int64 counts of the free keys' upper bits, number of NaN in the whole piece), counts on the scores' device."""
+    counts = torch.zeros(NUM_HIGH_BINS, dtype=torch.int64, device=piece.scores.device)
+    num_nan = 0
+    for _, keys, free in piece.chunks():
+        high = torch.bincount(keys >> LOW_BITS, minlength=NUM_HIGH_BINS)
+        if high[_INFINITY_BIN:].any():  # infinity is legal and shares its bin with some NaN: look closely only then
+            num_nan += int((keys > INFINITY_KEY).sum())
+        if free is not None:
+            high -= torch.bincount(keys[~free] >> LOW_BITS, minlength=NUM_HIGH_BINS)
+        counts += high
+    return counts, num_nan
+
+
+def find_cut(high_counts: Tensor, walk: Walk, k: int, ranks: Ranks, seed: int) -> Cut:
+    """Where to cut for exactly k entries, 1 <= k <= sum(high_counts); the same on every rank. Collective.
+
+    high_counts: count_high over all pieces of all ranks, on the CPU. walk: this rank's pieces; walked once, and once or
+    twice more only when a tie must be broken.
+    """
+    bin_high, num_above = _descend(high_counts, k)
+    low_counts = torch.zeros(1 << LOW_BITS, dtype=torch.int64, device="cpu")
+    for piece in walk():
+        low_counts = low_counts.to(piece.scores.device)
+        for _, keys, free in piece.chunks():
+            inside = (keys & ~((1 << LOW_BITS) - 1)) == bin_high << LOW_BITS
+            if free is not None:
+                inside &= free
+            low_counts += torch.bincount(keys[inside] & ((1 << LOW_BITS) - 1), minlength=1 << LOW_BITS)
+    low_counts = ranks.sum(low_counts)
+    bin_low, num_above_inside = _descend(low_counts, k - num_above)
+    num_above += num_above_inside
+    key = bin_high << LOW_BITS | bin_low
+    num_tied = int(low_counts[bin_low])
+    num_taken = k - num_above
+    last_hash = None if num_taken == num_tied else _last_hash(walk, key, num_tied, num_taken, ranks, seed)
+    return Cut(key, num_above, num_tied, num_taken, last_hash)
+
+
+def chosen_positions(piece: Piece, cut: Cut, seed: int) -> Tensor:
+    """Ascending int64 flat positions inside the tensor of what `cut` takes from this piece, on the scores' device."""
+    found = [torch.empty(0, dtype=torch.int64, device=piece.scores.device)]
+    for offset, keys, free in piece.chunks():
+        reached = keys >= cut.key
+        if free is not None:
+            reached &= free
+        local = reached.nonzero()[:, 0]
+        if cut.last_hash is not None:
+            tied = keys[local] == cut.key
+            keep = ~tied
+            keep[tied] = tie_hash(local[tied] + (piece.model_start + offset), seed) <= cut.last_hash
+            local = local[keep]
+        found.append(local + (piece.start + offset))
+    return torch.cat(found)
+
+
+def tie_hash(positions: Tensor, seed: int) -> Tensor:
+    """MurmurHash3's 64-bit finalizer of position + seed * odd: int64, a bijection, so no two hashes are equal."""
+    z = positions + _signed(seed * 0x9E3779B97F4A7C15)
+    z = (z ^ _shift_right(z, 33)) * _signed(0xFF51AFD7ED558CCD)
+    z = (z ^ _shift_right(z, 33)) * _signed(0xC4CEB9FE1A85EC53)
+    return z ^ _shift_right(z, 33)
+
+
+def _last_hash(walk: Walk, key: int, num_tied: int, num_taken: int, ranks: Ranks, seed: int) -> int:
+    """The num_taken-th smallest hash among the free entries whose key is `key`."""
+    top: int | None = None  # the hash's upper 16 bits, once a radix pass has narrowed the search to them
+    if num_tied > MAX_GATHERED_TIES:
+        counts = torch.zeros(1 << 16, dtype=torch.int64, device="cpu")
+        for hashes in _tied_hashes(walk, key, seed):
+            counts = counts.to(hashes.device)
+            counts += torch.bincount((hashes >> 48) + (1 << 15), minlength=1 << 16)
+        bin_top, num_below = _ascend(ranks.sum(counts), num_taken)
+        top, num_taken = bin_top - (1 << 15), num_taken - num_below
+    mine = [torch.empty(0, dtype=torch.int64, device="cpu")]
+    for hashes in _tied_hashes(walk, key, seed):
+        mine.append((hashes if top is None else hashes[hashes >> 48 == top]).cpu())
+    return int(ranks.join(torch.cat(mine).sort().values, 1 << 63).kthvalue(num_taken).values)
+
+
+def _tied_hashes(walk: Walk, key: int, seed: int) -> Iterator[Tensor]:
+    for piece in walk():
+        for offset, keys, free in piece.chunks():
+            tied = keys == key
+            if free is not None:
+                tied &= free
+            local = tied.nonzero()[:, 0]
+            if local.numel():
+                yield tie_hash(local + (piece.model_start + offset), seed)
+
+
+def _descend(counts: Tensor, k: int) -> tuple[int, int]:
+    """(bin that holds the k-th largest, how many lie in bins above it)."""
+    mirrored, num_above = _ascend(counts.flip(0), k)
+    return counts.numel() - 1 - mirrored, num_above
+
+
+def _ascend(counts: Tensor, k: int) -> tuple[int, int]:
+    """(bin that holds the k-th smallest, how many lie in bins below it)."""
+    up_to = counts.cumsum(0)
+    found = int(torch.searchsorted(up_to, k))
+    if found == counts.numel():
+        raise RuntimeError("fewer scores than in the pass before: pieces() must give the same scores every time.")
+    return found, int(up_to[found] - counts[found])
+
+
+def _signed(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
