@@ -21,8 +21,8 @@ class TileIndex:
     """Ascending positions of the active entries of one flat space.
 
     base: int64 `[num_tiles]`, position of each tile's first entry.
-    offset: `[num_tiles * TILE]`, distance from the base; int16 (the bits of a uint16) or int32; the tail is padded with 0.
-    num_active, numel: entries in the index, elements in the space.
+    offset: `[num_tiles * TILE]`, distance from the base; int16 (the bits of a uint16) or int32; the tail is padded with
+    0. num_active, numel: entries in the index, elements in the space.
     """
 
     __slots__ = ("base", "num_active", "numel", "offset")
@@ -62,7 +62,8 @@ class TileIndex:
             distance = positions - base[tile]
             if int(distance.max()) >= _WIDE_SPAN:
                 raise ValueError(
-                    f"{TILE} neighbouring active entries span {int(distance.max())} positions; at most 2**31 are supported"
+                    f"{TILE} neighbouring active entries span {int(distance.max())} positions; at most 2**31 are "
+                    "supported"
                 )
             offset[filled : filled + count] = distance.to(torch.int32)
             filled += count

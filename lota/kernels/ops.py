@@ -91,8 +91,8 @@ def scatter_add_(
 ) -> Tensor:
     """`target[position(k)] += alpha * delta[k]`, computed in fp32 and cast; `saved[k]` receives the old bits.
 
-    alpha: fp32 device scalar. Adding and subtracting a delta does not return to the start in bf16; `scatter_` of `saved`
-    does.
+    alpha: fp32 device scalar. Adding and subtracting a delta does not return to the start in bf16; `scatter_` of
+    `saved` does.
     """
     _check_dense("target", target, index)
     _check_compact("delta", delta, index.num_active, target)
@@ -159,8 +159,8 @@ def adamw_scalars(
 ) -> Tensor:
     """The fp32 `[5]` scalars of `adamw_`, computed in float64 on the device of `step` without reading anything back.
 
-    scale, skip: device scalars (gradient factor; nonzero = leave everything). step: float64 device scalar, the number of
-    this step counted from 1.
+    scale, skip: device scalars (gradient factor; nonzero = leave everything). step: float64 device scalar, the number
+    of this step counted from 1.
     """
     step_size = lr / (1 - torch.pow(beta1, step))
     decay = torch.ones_like(step) - lr * weight_decay
@@ -180,7 +180,8 @@ def mask_op(a: Tensor, b: Tensor, op: str) -> Tensor:
         raise ValueError(f"op must be one of {', '.join(MASK_OPS)}, got {op!r}")
     if a.dtype != torch.int32 or b.dtype != torch.int32 or a.shape != b.shape:
         raise ValueError(
-            f"mask_op wants two int32 tensors of one shape, got {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"
+            f"mask_op wants two int32 tensors of one shape, got {a.dtype} {tuple(a.shape)} and {b.dtype} "
+            f"{tuple(b.shape)}"
         )
     return reference.mask_op(a, b, op)
 
@@ -195,7 +196,8 @@ def popcount(words: Tensor) -> Tensor:
 def _check_dense(name: str, tensor: Tensor, index: TileIndex, origin: int = 0, whole: bool = True) -> None:
     if tensor.dtype not in FLOATS or tensor.dim() != 1 or not tensor.is_contiguous():
         raise ValueError(
-            f"{name} must be a flat contiguous bf16, fp16 or fp32 tensor, got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            f"{name} must be a flat contiguous bf16, fp16 or fp32 tensor, got {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)}"
         )
     if whole and tensor.numel() != index.numel:
         raise ValueError(f"{name} has {tensor.numel()} elements, its index describes {index.numel}")

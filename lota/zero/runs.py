@@ -37,7 +37,7 @@ class _Run:
         self.base: dict[str, BaseTensor] = {}
         self._freeze: Freeze | None = None
         self._groups: BlockGroups | None = None
-        self._is_closed = False
+        self._was_built = False
 
     def _claim(self) -> None:
         if self._freeze is not None:
@@ -58,14 +58,13 @@ class _Run:
         return self.groups.weights
 
     def built(self, engine: Any) -> None:
-        self.engine = engine
+        self.engine, self._was_built = engine, True
 
     def close(self, has_failed: bool) -> None:
         """End of the block."""
-        self._is_closed = True
         if self._freeze is not None:
             self._freeze.restore()
-        if self.engine is None and not has_failed:
+        if not self._was_built and not has_failed:
             raise ValueError(
                 "the lota block ended and no trainable DeepSpeed engine was built in it, so nothing was "
                 "calibrated or trained sparsely. "
@@ -251,7 +250,12 @@ class SparseRun(_Run):
             "shard_group_size": shards,
             "steps": training.num_steps,
             "skipped_steps": training.num_skipped(),
-            "bytes_held": {"weights": self._weights_bytes(), **training.nbytes(), "bucket": training.bucket_bytes()},
+            "bytes_held": {
+                "weights": self._weights_bytes(),
+                **training.nbytes(),
+                "bucket": training.bucket_bytes(),
+                "mask_host": self.mask.nbytes,
+            },
             "bytes_held_dense": {
                 "weights": self._weights_bytes(),
                 "masters_moments_gradients": 16 * -(-trained // shards),

@@ -60,9 +60,7 @@ def _refusals(config: Any, mpu: Any, is_sparse: bool) -> Iterator[tuple[str, str
     if config.torch_autocast_enabled:
         yield "torch_autocast", "gradients would come in several dtypes; load the model in bf16 or fp16 and enable that"
     if config.float16_config.fp16_master_weights_and_grads or config.bfloat16_config.bf16_master_weights_and_grads:
-        yield "16-bit master weights and gradients", "masters are fp32 and already as small as the mask"
-    if config.bfloat16_config.bf16_optimizer_states:
-        yield "bf16.bf16_optimizer_states", "moments are fp32 and already as small as the mask"
+        yield "16-bit master weights or optimizer states", "they are fp32 and already as small as the mask"
     if config.prescale_gradients or config.gradient_predivide_factor != 1.0:
         yield "prescale_gradients / gradient_predivide_factor", wire
     if config.compile_config.deepcompile:

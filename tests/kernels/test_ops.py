@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -42,7 +44,7 @@ def test_index_round_trip(num_active, spread):
 def test_index_from_pieces_does_not_depend_on_the_cut(cuts):
     positions = _positions(3 * TILE + 11, 100_000)
     edges = [0, *cuts, positions.numel()]
-    pieces = [positions[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [positions[a:b] for a, b in itertools.pairwise(edges)]
     whole, cut = (
         TileIndex.from_flat(positions, 100_000),
         TileIndex.from_pieces(pieces, positions.numel(), 100_000, "cpu"),

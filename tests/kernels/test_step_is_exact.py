@@ -97,7 +97,7 @@ def test_rmsprop(num_active, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_skip_writes_nothing(dtype):
-    generator, _, weights, index, (master, exp_avg, exp_avg_sq) = _setup(TILE + 5, dtype)
+    _, _, weights, index, (master, exp_avg, exp_avg_sq) = _setup(TILE + 5, dtype)
     weights[:3] = float("nan")
     before = [t.clone() for t in (weights, master, exp_avg, exp_avg_sq)]
     gradient = padded_zeros(index).fill_(float("nan"))

@@ -1,8 +1,9 @@
 """Nothing dense but the weights: live tensors and sent bytes, counted from outside the library, against the formulas.
 
-Per rank: weights 2P/S; masters, moments and gradients 16 dE/S; base values in host memory 2 dE/S (this host is the
-device); index 2 to 4 dE, plus as much of it again for this rank's share where S > 1. Beyond that only buckets, the
-gathered weights of the layer at work and its dense gradient.
+Per rank: weights 2P/S; masters, moments and gradients 16 dE/S; index 2 to 4 dE, plus this rank's share of it once more
+where S > 1; in host memory (here the same) base values 2 dE/S, the encoded mask (about 5 to 9 bits an entry) and the
+constant table of the fingerprints. Beyond that only buckets, the gathered weights of the layer at work and its dense
+gradient.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import lota
 from lota.selection import select
 
 WIDTH, DEPTH, BUCKET = 384, 6, 4000
+FINGERPRINT_TABLE = 8 * 65536
 
 
 class LiveTensors(TorchDispatchMode):
@@ -87,6 +89,7 @@ def _config(world: int) -> dict[str, Any]:
             "stage3_param_persistence_threshold": 0,
             "stage3_prefetch_bucket_size": 0,
             "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
             "reduce_bucket_size": BUCKET,
         },
     }
@@ -105,21 +108,24 @@ def _measure(density: float | None, shard_group_size: int | None) -> dict[str, A
     peaks = {"backward": 0, "step": 0}
     sent = 0
 
+    originals = {
+        name: getattr(torch.distributed, name) for name in ("all_to_all_single", "all_reduce", "all_gather_into_tensor")
+    }
+
     def observe(where: str, function: Callable[..., Any], is_reduction: bool = False) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             nonlocal sent
             peaks[where] = max(peaks[where], live.nbytes())
             if is_reduction:
-                sent += max((a.nbytes for a in args[:2] if isinstance(a, torch.Tensor)), default=0)
+                sent += (
+                    args[1] if function is originals["all_to_all_single"] else args[0] if args else kwargs["tensor"]
+                ).nbytes
             result = function(*args, **kwargs)
             peaks[where] = max(peaks[where], live.nbytes())
             return result
 
         return wrapped
 
-    originals = {
-        name: getattr(torch.distributed, name) for name in ("all_to_all_single", "all_reduce", "all_gather_into_tensor")
-    }
     with live, block as run:
         model = _model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -154,6 +160,7 @@ def _measure(density: float | None, shard_group_size: int | None) -> dict[str, A
             "index": sum(
                 s.full_index.nbytes + (0 if s.local_index is s.full_index else s.local_index.nbytes) for s in ours
             ),
+            "mask": mask.nbytes if mask else 0,
             "local_active": sum(s.layout.local_active for s in ours),
         }
         engine.destroy()
@@ -182,12 +189,12 @@ def test_dense_training_breaks_the_bound(ranks):
     sparse = ranks(2).run(_measure, 0.1, None)[0]
     dense = ranks(2).run(_measure, None, None)[0]
     steady, transient = _formula(sparse, 2)
-    assert dense["peaks"]["step"] > 2 * (steady + transient)
+    assert dense["peaks"]["step"] > 1.5 * (steady + transient)
 
 
 def _formula(result: dict[str, Any], shards: int) -> tuple[float, float]:
     weights = 2 * result["numel"] / shards
-    steady = weights + 18 * result["local_active"] + result["index"]
+    steady = weights + 18 * result["local_active"] + result["index"] + result["mask"] + FINGERPRINT_TABLE
     layer = 2 * WIDTH * WIDTH
     # one layer's gathered weights and its gradient, each with one copy that the engine makes of it, and the buckets of
     # the reduction (packed, sent and received, two in flight and one filling)

@@ -27,6 +27,7 @@ def _zero(**settings: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": 3} | settings}
 
 
+BF16_STATES = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 CONFIGS = [
     ({"zero_optimization": {"stage": 2}}, r"ZeRO stage 3 is required, got stage 2.*shard_group_size=1"),
     ({"zero_optimization": {"stage": 0}}, r"ZeRO stage 3 is required, got stage 0"),
@@ -42,7 +43,7 @@ CONFIGS = [
     ({"sequence_parallel_size": 2}, r"sequence parallelism"),
     ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, r"torch_autocast is not supported"),
     ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, r"16-bit master weights"),
-    ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, r"bf16_optimizer_states is not supported"),
+    ({"bf16": BF16_STATES}, r"16-bit master weights or optimizer states"),
     ({"prescale_gradients": True}, r"prescale_gradients"),
     ({"gradient_predivide_factor": 2.0}, r"gradient_predivide_factor"),
     ({"compile": {"deepcompile": True}}, r"DeepCompile"),
