@@ -36,12 +36,13 @@ class StoredTensor:
 class StreamWriter:
     """Write 1-D tensors one after another into a new safetensors file.
 
-    keys: every key that may be added, so that room for the header is left in front; spaces fill what stays unused.
+    keys: every key that may be added, and max_bytes: bytes of data at most, so that room for the header is left in
+    front; spaces fill what stays unused.
     Callers keep the data aligned: an item of 2 or 4 bytes must begin at a multiple of its size.
     """
 
-    def __init__(self, path: Path, keys: list[str]) -> None:
-        widest = {key: {"dtype": "BF16", "shape": [1 << 62], "data_offsets": [1 << 62, 1 << 62]} for key in keys}
+    def __init__(self, path: Path, keys: list[str], max_bytes: int) -> None:
+        widest = {key: {"dtype": "BF16", "shape": [max_bytes], "data_offsets": [max_bytes, max_bytes]} for key in keys}
         self._header_bytes = -(-len(_header(widest)) // 8) * 8
         self._entries: dict[str, dict[str, Any]] = {}
         self.num_data_bytes = 0

@@ -164,7 +164,7 @@ def _format_tensor(record: TensorRecord) -> str:
         entry["values"] = {"dtype": record.values_dtype, "sha256": record.values_sha256}
     if record.base_values_dtype is not None:
         entry["base_values"] = {"dtype": record.base_values_dtype, "sha256": record.base_values_sha256}
-    return json.dumps(entry)
+    return json.dumps(entry, separators=(",", ":"))
 
 
 def _parse_tensor(entry: Any, has_values: bool, has_base_values: bool) -> TensorRecord:

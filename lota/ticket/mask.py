@@ -27,6 +27,8 @@ class Mask:
     Holds encoded indices only (0.5 bits a weight at 10%, 0.09 at 1%), on the CPU; a tensor is decoded when asked for.
     Tensors without active entries stay named: they count as eligible. Two masks are equal when names, shapes and active
     entries are, whatever the order of names and the base.
+
+    origin: the directory that the mask was loaded from, or "".
     """
 
     def __init__(
@@ -35,8 +37,8 @@ class Mask:
         base: Mapping[str, BaseTensor] | None = None,
         origin: str = "",
     ) -> None:
-        """From encoded indices; `from_dense`, `from_indices` and `load` are the usual ways. origin: for messages."""
-        self._origin = origin
+        """From encoded indices; `from_dense`, `from_indices` and `load` are the usual ways."""
+        self.origin = origin
         self._shapes = {name: tuple(int(size) for size in shape) for name, (shape, _) in tensors.items()}
         self._indices = {name: index for name, (_, index) in tensors.items()}
         self._digest: str | None = None
@@ -143,7 +145,7 @@ class Mask:
         try:
             return decode(index)
         except ValueError as error:
-            where = f"{self._origin}: {name}" if self._origin else name
+            where = f"{self.origin}: {name}" if self.origin else name
             raise ValueError(f"{where}: {error}. The index is wrong: make the mask again.") from None
 
     def dense(self, name: str) -> Tensor:
@@ -155,7 +157,7 @@ class Mask:
 
     def with_base(self, base: Mapping[str, BaseTensor]) -> Mask:
         """The same mask with `base` for all of its tensors (or `{}` to forget it); shares the indices."""
-        return Mask({name: (shape, self._indices[name]) for name, shape in self._shapes.items()}, base, self._origin)
+        return Mask({name: (shape, self._indices[name]) for name, shape in self._shapes.items()}, base, self.origin)
 
     def check_base(self, name: str, shape: Iterable[int], dtype: str, fingerprint: str | None) -> None:
         """ValueError unless the mask is for a tensor of that name, shape, and (where the mask knows) that base.

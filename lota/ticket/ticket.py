@@ -105,7 +105,9 @@ class Ticket:
         if self._base_values is not None:
             count = sum(count_changed(self.values(name), self.base_values(name)) for name in self.names)
             if count != self.num_changed:
-                raise ValueError(f"expected num_changed {count}, counted over the values, got {self.num_changed}")
+                raise ValueError(
+                    f"{self._mask.origin}: expected num_changed {count}, as its values have it, got {self.num_changed}"
+                )
 
     def save(
         self, path: str | os.PathLike[str], *, shard_bytes: int = DEFAULT_SHARD_BYTES, overwrite: bool = False

@@ -159,7 +159,8 @@ class TicketWriter:
         left = [name for name in self._mask.names if name not in self._records]
         suffixes = (INDEX, VALUES, BASE_VALUES)[: 1 + num_kinds]
         keys = [name + suffix for name in left for suffix in suffixes]
-        self._shards.append(StreamWriter(self._temporary / str(len(self._shards)), keys))
+        most = sum(self._mask.encoded(name).data.numel() + 8 + 4 * num_kinds * self._mask.active(name) for name in left)
+        self._shards.append(StreamWriter(self._temporary / str(len(self._shards)), keys, most))
         return self._shards[-1]
 
     def _finish(self) -> None:
