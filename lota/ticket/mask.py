@@ -81,6 +81,7 @@ class Mask:
                 made[name] = (tuple(shape), encode(positions, math.prod(shape)))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+            del positions  # else it would live on while the next ones are made
         return cls(made, base)
 
     @property
