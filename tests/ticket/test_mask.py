@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,17 +53,12 @@ def test_indices_and_dense_make_the_same_mask() -> None:
 
 def test_one_tensor_at_a_time_is_asked_for() -> None:
     """The next tensor is not made before the one before was encoded and let go."""
-    alive: list[int] = [0]
-
-    class Counted(torch.Tensor):
-        def __del__(self) -> None:
-            alive[0] -= 1
-
     def rows() -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
+        earlier: list[weakref.ref[torch.Tensor]] = []
         for number in range(4):
-            assert alive[0] <= 1, "an earlier tensor is still held"
-            positions = torch.arange(0, 100, 7).as_subclass(Counted)
-            alive[0] += 1
+            assert all(reference() is None for reference in earlier), "an earlier tensor is still held"
+            positions = torch.arange(0, 100, 7)
+            earlier.append(weakref.ref(positions))
             yield f"t{number}", (10, 10), positions
             del positions
 
