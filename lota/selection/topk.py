@@ -10,7 +10,7 @@ by position would fill whole early layers: bf16 deltas take few values.)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,29 +21,38 @@ LOW_BITS = 16
 NUM_HIGH_BINS = 1 << 15
 KEY_MASK = 0x7FFFFFFF
 INFINITY_KEY = 0x7F800000
-_INFINITY_BIN = INFINITY_KEY >> LOW_BITS
-# Elements per chunk: 4 MB temporaries stay in the last cache of a CPU core; accelerators want fewer launches.
-_CPU_CHUNK, _ACCELERATOR_CHUNK = 1 << 20, 1 << 24
+PROTECTED_KEY = -1
+# Elements per chunk. On a quiet CPU 2**19 to 2**22 are equally fast; on a busy one every operation waits for its
+# slowest thread, so that fewer and larger ones win. Accelerators want fewer launches still.
+_CPU_CHUNK, _ACCELERATOR_CHUNK = 1 << 22, 1 << 24
 MAX_GATHERED_TIES = 1 << 20  # as many tied hashes as may be gathered and sorted (8 MB); above, one more radix pass
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A rank's contiguous run of one tensor's scores: flat, any float dtype; `free` False where protected."""
+    """A rank's contiguous run of one tensor's scores: flat, never empty, any float dtype."""
 
     name: str
     start: int  # flat position of its first score inside the tensor
     model_start: int  # the same inside the concatenation of all eligible tensors
     scores: Tensor
-    free: Tensor | None = None
+    free: Tensor | None = None  # bool, False where protected; None: nothing is
 
-    def chunks(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """(offset inside the piece, int32 keys, free) over the piece."""
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """(offset inside the piece, int32 keys, -1 where protected); the keys are overwritten by the next chunk's."""
         size = _CPU_CHUNK if self.scores.device.type == "cpu" else _ACCELERATOR_CHUNK
+        # One buffer, because memory that is new costs more than the arithmetic: the system maps and zeroes its pages.
+        buffer = torch.empty(min(size, self.scores.numel()), dtype=torch.int32, device=self.scores.device)
         for offset in range(0, self.scores.numel(), size):
-            scores = self.scores[offset : offset + size]
-            keys = scores.float().contiguous().view(torch.int32) & KEY_MASK
-            yield offset, keys, None if self.free is None else self.free[offset : offset + size]
+            bits = self.scores[offset : offset + size].float().contiguous().view(torch.int32)
+            keys = torch.bitwise_and(bits, KEY_MASK, out=buffer[: bits.numel()])
+            if self.free is not None:
+                keys.masked_fill_(~self.free[offset : offset + size], PROTECTED_KEY)
+            yield offset, keys
+
+    def count_nan(self) -> int:
+        """NaN among all the scores, the protected ones too."""
+        return sum(int((keys > INFINITY_KEY).sum()) for _, keys in replace(self, free=None).chunks())
 
 
 Walk = Callable[[], Iterable[Piece]]
@@ -67,15 +76,12 @@ class Cut:
 def count_high(piece: Piece) -> tuple[Tensor, int]:
     """(int64 counts of the free keys' upper bits, number of NaN in the whole piece), counts on the scores' device."""
     counts = torch.zeros(NUM_HIGH_BINS, dtype=torch.int64, device=piece.scores.device)
-    num_nan = 0
-    for _, keys, free in piece.chunks():
-        high = torch.bincount(keys >> LOW_BITS, minlength=NUM_HIGH_BINS)
-        if high[_INFINITY_BIN:].any():  # infinity is legal and shares its bin with some NaN: look closely only then
-            num_nan += int((keys > INFINITY_KEY).sum())
-        if free is not None:
-            high -= torch.bincount(keys[~free] >> LOW_BITS, minlength=NUM_HIGH_BINS)
-        counts += high
-    return counts, num_nan
+    for _, keys in piece.chunks():
+        high = keys.bitwise_right_shift_(LOW_BITS)
+        counts += torch.bincount(high if piece.free is None else high[high >= 0], minlength=NUM_HIGH_BINS)
+    # Infinity is legal and shares its bin with some NaN: look closely only when there is something to see.
+    has_suspects = piece.free is not None or bool(counts[INFINITY_KEY >> LOW_BITS :].any())
+    return counts, piece.count_nan() if has_suspects else 0
 
 
 def find_cut(high_counts: Tensor, walk: Walk, k: int, ranks: Ranks, seed: int) -> Cut:
@@ -88,11 +94,10 @@ def find_cut(high_counts: Tensor, walk: Walk, k: int, ranks: Ranks, seed: int) -
     low_counts = torch.zeros(1 << LOW_BITS, dtype=torch.int64, device="cpu")
     for piece in walk():
         low_counts = low_counts.to(piece.scores.device)
-        for _, keys, free in piece.chunks():
+        for _, keys in piece.chunks():
             inside = (keys & ~((1 << LOW_BITS) - 1)) == bin_high << LOW_BITS
-            if free is not None:
-                inside &= free
-            low_counts += torch.bincount(keys[inside] & ((1 << LOW_BITS) - 1), minlength=1 << LOW_BITS)
+            low = _pick(keys, inside) & ((1 << LOW_BITS) - 1)
+            low_counts += torch.bincount(low, minlength=1 << LOW_BITS)
     low_counts = ranks.sum(low_counts)
     bin_low, num_above_inside = _descend(low_counts, k - num_above)
     num_above += num_above_inside
@@ -105,19 +110,16 @@ def find_cut(high_counts: Tensor, walk: Walk, k: int, ranks: Ranks, seed: int) -
 
 def chosen_positions(piece: Piece, cut: Cut, seed: int) -> Tensor:
     """Ascending int64 flat positions inside the tensor of what `cut` takes from this piece, on the scores' device."""
-    found = [torch.empty(0, dtype=torch.int64, device=piece.scores.device)]
-    for offset, keys, free in piece.chunks():
-        reached = keys >= cut.key
-        if free is not None:
-            reached &= free
-        local = reached.nonzero()[:, 0]
+    found = []
+    for offset, keys in piece.chunks():
+        local = (keys >= cut.key).nonzero()[:, 0]
         if cut.last_hash is not None:
             tied = keys[local] == cut.key
             keep = ~tied
             keep[tied] = tie_hash(local[tied] + (piece.model_start + offset), seed) <= cut.last_hash
             local = local[keep]
-        found.append(local + (piece.start + offset))
-    return torch.cat(found)
+        found.append(local.add_(piece.start + offset))
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def tie_hash(positions: Tensor, seed: int) -> Tensor:
@@ -146,13 +148,18 @@ def _last_hash(walk: Walk, key: int, num_tied: int, num_taken: int, ranks: Ranks
 
 def _tied_hashes(walk: Walk, key: int, seed: int) -> Iterator[Tensor]:
     for piece in walk():
-        for offset, keys, free in piece.chunks():
-            tied = keys == key
-            if free is not None:
-                tied &= free
-            local = tied.nonzero()[:, 0]
+        for offset, keys in piece.chunks():
+            local = (keys == key).nonzero()[:, 0]
             if local.numel():
                 yield tie_hash(local + (piece.model_start + offset), seed)
+
+
+def _pick(keys: Tensor, flags: Tensor) -> Tensor:
+    """keys[flags]; few are set, so eight flags are looked at together: four times as fast as one by one."""
+    if keys.numel() % 8:
+        return keys[flags]
+    rows = flags.view(torch.int64).nonzero()[:, 0]
+    return keys.view(-1, 8)[rows].view(-1)[flags.view(-1, 8)[rows].view(-1)]
 
 
 def _descend(counts: Tensor, k: int) -> tuple[int, int]:
