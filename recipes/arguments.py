@@ -1,0 +1,225 @@
+"""The options of the training recipes, and the checks that run before anything expensive does."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTConfig, TrlParser
+
+from lota.selection import validate_budget, validate_density
+from lota.ticket import Mask
+
+DS_CONFIG_PATH = Path(__file__).resolve().parents[1] / "ds_configs" / "zero3.json"
+METHODS = ("lota", "full")
+SCORES = ("task_vector", "gradient", "fisher", "snip", "magnitude", "random")
+GRADIENT_SCORES = ("gradient", "fisher", "snip")
+STATIC_SCORES = ("magnitude", "random")
+BUDGETS = ("global", "per_tensor")
+DEFAULT_CALIBRATION_STEPS = 200
+
+
+@dataclass
+class LotaArguments:
+    """Model, data, and what is LoTA's own. None means: not given, the default in the help applies."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Base model: a folder or a name on the hub."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+
+    train_file: str | None = field(default=None, metadata={"help": "Local .jsonl with one example a line."})
+    eval_file: str | None = field(default=None, metadata={"help": "Local .jsonl for the answer loss, same fields."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the hub, instead of train_file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration name."})
+    train_split: str = field(default="train", metadata={"help": "Split of dataset_name to train on."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split of dataset_name for the answer loss."})
+    prompt_field: str | None = field(default=None, metadata={"help": "Field that is the prompt (default: prompt)."})
+    completion_field: str | None = field(
+        default=None, metadata={"help": "Field that is the answer to learn (default: completion)."}
+    )
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "Instead of prompt_field: text with {field} names, '{{' for a brace."}
+    )
+    completion_template: str | None = field(default=None, metadata={"help": "Likewise, instead of completion_field."})
+
+    method: str = field(
+        default="lota", metadata={"help": "lota (calibrate, select, train a ticket) or full (all weights)."}
+    )
+    density: float | None = field(default=None, metadata={"help": "Part of the eligible entries to train (0.1)."})
+    budget: str | None = field(default=None, metadata={"help": "global or per_tensor (global)."})
+    score: str | None = field(default=None, metadata={"help": f"One of {', '.join(SCORES)} (task_vector)."})
+    calibration_steps: int | None = field(
+        default=None,
+        metadata={"help": f"Optimizer steps, or global batches for gradients ({DEFAULT_CALIBRATION_STEPS})."},
+    )
+    calibration_learning_rate: float | None = field(
+        default=None, metadata={"help": "For score task_vector (a tenth of learning_rate)."}
+    )
+    mask: str | None = field(default=None, metadata={"help": "A mask or ticket to train on; skips calibration."})
+    protect: list[str] | None = field(default=None, metadata={"help": "Tickets whose entries must not be chosen."})
+    include: list[str] | None = field(default=None, metadata={"help": "Patterns of tensor names to add or keep."})
+    exclude: list[str] | None = field(default=None, metadata={"help": "Patterns of tensor names to leave out."})
+    shard_group_size: int | None = field(default=None, metadata={"help": "Ranks that share one copy of the weights."})
+    gradient_reduction: str = field(default="auto", metadata={"help": "auto, compact or dense."})
+    kernels: str = field(default="auto", metadata={"help": "auto, torch or triton."})
+    ticket_dtype: str | None = field(default=None, metadata={"help": "float32 keeps masters (the weights' own dtype)."})
+    merged: bool = field(default=False, metadata={"help": "Also write the trained model to output_dir/merged."})
+
+
+@dataclass
+class RecipeConfig(SFTConfig):
+    """TRL's SFTConfig with the defaults of these recipes: ZeRO-3, no checkpoints, CPU ranks where there is no GPU."""
+
+    deepspeed: dict[str, Any] | str | None = field(
+        default=str(DS_CONFIG_PATH), metadata={"help": "DeepSpeed JSON file (ds_configs/zero3.json)."}
+    )
+    save_strategy: str = field(default="no", metadata={"help": "Only 'no': checkpoints are not supported yet."})
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+
+
+def parse(argv: list[str] | None = None) -> tuple[LotaArguments, RecipeConfig]:
+    """Options from `--config FILE` and the command line; a misspelt key is refused with the nearest right one."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = TrlParser((LotaArguments, RecipeConfig))
+    known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
+    for name in [*_keys_of_config(argv), *(a[2:].split("=")[0] for a in argv if a.startswith("--"))]:
+        if name not in known | {"config", "env", "local_rank"}:
+            close = difflib.get_close_matches(name, known, 1)
+            raise ValueError(f"unknown option {name!r}" + (f". Did you mean {close[0]!r}?" if close else ""))
+    lota_args, config = parser.parse_args_and_config(argv)
+    return lota_args, config
+
+
+def _keys_of_config(argv: list[str]) -> list[str]:
+    if "--config" not in argv:
+        return []
+    import yaml
+
+    path = Path(argv[argv.index("--config") + 1])
+    if not path.is_file():
+        raise ValueError(f"--config: no such file: {path}")
+    return [str(key) for key in (yaml.safe_load(path.read_text(encoding="utf-8")) or {})]
+
+
+def validate(
+    args: LotaArguments, config: RecipeConfig, *, mask_only: bool = False, argv: list[str] | None = None
+) -> list[str]:
+    """Refuse what cannot work and fill in the defaults of `args`, in place. Every rank, before any collective.
+
+    Returns notes for the user: options of the config file that this method does not use. The same on the command
+    line is an error, so that one file serves `--method lota`, `--method full` and `--mask PATH`.
+    """
+    unused = _Unused(args, sys.argv[1:] if argv is None else argv)
+    if not args.model_name_or_path:
+        raise ValueError("model_name_or_path is missing: give a folder or a name on the hub")
+    if config.save_strategy != "no":
+        raise ValueError(
+            f"save_strategy must be 'no', got {str(config.save_strategy)!r}: checkpoints during a run are not "
+            "supported in this version; the ticket is written at the end"
+        )
+    if config.resume_from_checkpoint:
+        raise ValueError("resume_from_checkpoint is not supported in this version: remove it")
+    _check_stage(config)
+    _choice("method", args.method, METHODS)
+    if args.ticket_dtype not in (None, "float32"):
+        raise ValueError(f"ticket_dtype must be float32 or left out (the weights' own), got {args.ticket_dtype!r}")
+    if args.method == "full":
+        if mask_only:
+            raise ValueError("method: full has no mask to calibrate; use method: lota")
+        unused.drop("method: full trains every weight", (*_CALIBRATION, "mask", "shard_group_size", "ticket_dtype"))
+    elif args.mask is not None:
+        if mask_only:
+            raise ValueError("mask is given, so there is nothing to calibrate; remove it")
+        unused.drop("mask skips calibration", _CALIBRATION)
+        Mask.load(args.mask)
+    else:
+        _fill_calibration(args, config, unused)
+    for path in args.protect or ():
+        Mask.load(path)
+    return unused.notes
+
+
+_CALIBRATION = (
+    "density", "budget", "score", "calibration_steps", "calibration_learning_rate", "protect", "include", "exclude",
+)  # fmt: skip
+
+
+def _fill_calibration(args: LotaArguments, config: RecipeConfig, unused: _Unused) -> None:
+    args.density = 0.1 if args.density is None else args.density
+    args.budget = args.budget or "global"
+    args.score = args.score or "task_vector"
+    validate_density(args.density)
+    _choice("score", args.score, SCORES)
+    validate_budget(args.budget)
+    if args.score in STATIC_SCORES:
+        unused.drop(f"score: {args.score} looks at the weights only", ("calibration_steps",))
+        args.calibration_steps = 1
+    elif args.calibration_steps is None:
+        args.calibration_steps = DEFAULT_CALIBRATION_STEPS
+    if args.calibration_steps < 1:
+        raise ValueError(f"calibration_steps must be at least 1, got {args.calibration_steps}")
+    if args.score != "task_vector":
+        unused.drop(f"score: {args.score} takes no optimizer step", ("calibration_learning_rate",))
+    elif args.calibration_learning_rate is None:
+        args.calibration_learning_rate = config.learning_rate / 10
+    if args.calibration_learning_rate is not None and not args.calibration_learning_rate > 0:
+        raise ValueError(f"calibration_learning_rate must be above 0, got {args.calibration_learning_rate}")
+
+
+def _check_stage(config: RecipeConfig) -> None:
+    """The seams need ZeRO-3; what they refuse besides, they name themselves when the engine is built."""
+    if not config.deepspeed:
+        raise ValueError("deepspeed must name a ZeRO-3 JSON file such as ds_configs/zero3.json")
+    content: Any = config.deepspeed
+    if isinstance(content, str):
+        if not Path(content).is_file():
+            raise ValueError(f"deepspeed: no such file: {content}")
+        content = json.loads(Path(content).read_text(encoding="utf-8"))
+    stage = content.get("zero_optimization", {}).get("stage", 0)
+    if stage != 3:
+        raise ValueError(
+            f"zero_optimization.stage must be 3, got {stage}. To keep all weights on every rank, as the other "
+            "stages do, set stage 3 and shard_group_size: 1"
+        )
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        close = difflib.get_close_matches(str(value), choices, 1)
+        hint = f". Did you mean {close[0]!r}?" if close else ""
+        if (name, value) == ("method", "lora"):
+            hint = ": the LoRA baseline is not part of this version"
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+
+
+class _Unused:
+    """Options that a method does not use: an error from the command line, dropped with a note from the config file."""
+
+    def __init__(self, args: LotaArguments, argv: list[str]) -> None:
+        self.args = args
+        self.on_command_line = {word[2:].split("=")[0] for word in argv if word.startswith("--")}
+        self.notes: list[str] = []
+
+    def drop(self, reason: str, names: Sequence[str]) -> None:
+        given = [name for name in names if getattr(self.args, name) is not None]
+        refused = [name for name in given if name in self.on_command_line]
+        if refused:
+            raise ValueError(
+                f"{reason}, so {', '.join(refused)} would be ignored: remove {'it' if len(refused) == 1 else 'them'}"
+            )
+        for name in given:
+            setattr(self.args, name, None)
+        if given:
+            self.notes.append(f"{reason}; not used from the config file: {', '.join(given)}")

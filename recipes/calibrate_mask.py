@@ -1,0 +1,57 @@
+"""Calibrate on a base model and stop at the mask, for `train_lota.py --mask`, for `--protect`, or to look at.
+
+    one GPU      deepspeed --num_gpus 1 recipes/calibrate_mask.py --config FILE --output_dir runs/mask
+    one node     deepspeed recipes/calibrate_mask.py --config FILE --output_dir runs/mask
+    two nodes    deepspeed --hostfile hosts --num_nodes 2 recipes/calibrate_mask.py --config FILE --output_dir runs/mask
+
+Takes the files and options of train_lota.py. In output_dir: mask/, summary.json, metrics.jsonl and config.yaml.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes run from the checkout, under any launcher
+
+from recipes import data
+from recipes.arguments import parse, validate
+from recipes.mask_phase import calibrate, mask_facts
+from recipes.phases import timed
+from recipes.run_folder import RunFolder, barrier, rank, say, versions, world_size
+
+
+def main() -> None:
+    started = time.monotonic()
+    args, config = parse()
+    notes = validate(args, config, mask_only=True)
+    sets = data.load(args)
+    folder = RunFolder(config.output_dir)
+    folder.write_config(args, config)
+    for note in notes:
+        say(note)
+
+    seconds: dict[str, float] = {}
+    mask, facts, _ = calibrate(args, config, sets, folder, seconds)
+    with timed(seconds, "mask"):
+        if folder.is_writer:
+            mask.save(
+                folder.path / "mask",
+                provenance={"model": args.model_name_or_path, "score": args.score, "steps": args.calibration_steps},
+            )
+        barrier()
+    seconds["total"] = round(time.monotonic() - started, 2)
+    summary: dict[str, Any] = {"model": args.model_name_or_path, "world_size": world_size(), "calibration": facts}
+    folder.write_summary(summary | {"mask": mask_facts(args, mask), "seconds": seconds, "versions": versions()})
+    say(f"mask in {folder.path / 'mask'}, done in {seconds['total']:.0f} s")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        if rank() == 0:
+            print(f"[lota] {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

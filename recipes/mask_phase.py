@@ -1,0 +1,78 @@
+"""The first half of every run: calibrate on the base, select the mask. Shared by the recipes that need one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+
+import lota
+from recipes.arguments import STATIC_SCORES, LotaArguments, RecipeConfig
+from recipes.phases import Phase, timed
+from recipes.run_folder import RunFolder, say
+
+
+def calibrate(
+    args: LotaArguments,
+    config: RecipeConfig,
+    data: tuple[Dataset, Dataset | None],
+    folder: RunFolder,
+    seconds: dict[str, float],
+) -> tuple[lota.Mask, dict[str, Any], tuple[Dataset, Dataset | None]]:
+    """The mask, the same on every rank; facts for the summary; the data, the training set tokenized by now.
+
+    Collective; the engine is gone afterwards.
+    """
+    assert args.density is not None and args.budget is not None and args.score is not None
+    say(
+        f"score {args.score}, {args.calibration_steps} calibration steps, density {args.density:g}, {args.budget} budget"
+    )
+    changes: dict[str, Any] = {"max_steps": args.calibration_steps}
+    if args.calibration_learning_rate is not None:
+        changes["learning_rate"] = args.calibration_learning_rate
+    # Scores of the gradient kind and of the weights leave the model alone: its loss would be the base's again.
+    evaluation = data[1] if args.score == "task_vector" else None
+    with (
+        timed(seconds, "calibration"),
+        lota.calibration_zero3(
+            score=args.score,
+            density=args.density,
+            budget=args.budget,
+            protect=args.protect or (),
+            include=args.include,
+            exclude=args.exclude,
+            seed=config.seed,
+        ) as run,
+    ):
+        phase = Phase("calibrate", args, config, (data[0], evaluation), folder, **changes)
+        facts = phase.run()
+    with timed(seconds, "selection"):
+        mask = run.mask()
+    report = run.report()
+    data = (phase.prepared, data[1])
+    phase.close()
+    if args.score in STATIC_SCORES:
+        facts = {"seconds": facts["seconds"]}
+    per_tensor = report.pop("per_tensor", {})
+    say(
+        f"selected {mask.num_active} of {mask.eligible} eligible entries in {len(mask.names)} tensors: density asked "
+        f"{args.density:g}, reached {mask.density:.8g}"
+    )
+    if per_tensor:
+        fullest = max(per_tensor, key=lambda name: per_tensor[name] / mask.numel(name))
+        say(f"densest tensor: {fullest} with {per_tensor[fullest] / mask.numel(fullest):.1%} of its entries")
+    if report.get("num_zero_scored"):
+        say(f"{report['num_zero_scored']} chosen entries have score 0: calibrate longer or lower the density")
+    return mask, facts | {"report": report, "num_active_per_tensor": per_tensor}, data
+
+
+def mask_facts(args: LotaArguments, mask: lota.Mask) -> dict[str, Any]:
+    """Counts of a mask, for summary.json."""
+    return {
+        "density_asked": args.density,
+        "density": mask.density,
+        "num_active": mask.num_active,
+        "eligible": mask.eligible,
+        "num_tensors": len(mask.names),
+        "digest": mask.digest,
+    }

@@ -1,0 +1,191 @@
+"""One phase of a run: load the base, train it under TRL inside the block that the caller opened, let it go again."""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import deepspeed
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, disable_progress_bars
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, TrainerCallback
+from trl import SFTTrainer
+
+from recipes.arguments import LotaArguments, RecipeConfig
+from recipes.run_folder import RunFolder, rank, say, world_size
+
+
+class Phase:
+    """A trainer on a freshly loaded base. Build and run it inside a lota block; `close()` frees the engine."""
+
+    def __init__(
+        self,
+        name: str,
+        args: LotaArguments,
+        config: RecipeConfig,
+        data: tuple[Dataset, Dataset | None],
+        folder: RunFolder,
+        **changes: Any,
+    ) -> None:
+        """changes: values of TrainingArguments for this phase only. Arguments are made afresh for each phase, because
+        DeepSpeed's "auto" values are filled into them."""
+        train, evaluation = data
+        self.name = name
+        # Evaluating at step 0 gives the base's loss from the very engine that trains.
+        changes["eval_on_start"] = evaluation is not None
+        self.config = replace(config, **changes)
+        if rank() > 0 or not sys.stderr.isatty():
+            disable_progress_bars()
+        # On CPU ranks the arguments set up torch.distributed alone; zero.Init would take the world for one rank.
+        deepspeed.init_distributed()
+        # Loading rewinds: nothing of an earlier phase is reused. from_pretrained shards at once, because the
+        # arguments above registered the ZeRO-3 configuration.
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model_name_or_path,
+            revision=args.model_revision,
+            attn_implementation=args.attn_implementation,
+            dtype=training_dtype(config),
+        )
+        model.config.use_cache = False
+        # Where embeddings are frozen, reentrant checkpointing cuts the graph unless their output asks for a gradient.
+        if self.config.gradient_checkpointing:
+            model.enable_input_require_grads()
+        self.trainer = SFTTrainer(
+            model=model,
+            args=self.config,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=load_tokenizer(args),
+        )
+        self.trainer.remove_callback(ProgressCallback)
+        self._log = _Log(name, folder)
+        self.trainer.add_callback(self._log)
+        if not self.config.disable_tqdm:
+            self.trainer.add_callback(_Progress(name))
+
+    @property
+    def prepared(self) -> Dataset:
+        """The training set as TRL tokenized it, which the next phase can take as it is."""
+        return self.trainer.train_dataset
+
+    def run(self) -> dict[str, Any]:
+        """Train, evaluate where there is an evaluation set, and say what happened. Collective."""
+        say(f"{self.name}: {batch_arithmetic(self.config, self.trainer.train_dataset)}")
+        started = time.monotonic()
+        output = self.trainer.train()
+        facts: dict[str, Any] = {"steps": output.global_step, "train_loss": output.training_loss}
+        facts["last_step_loss"] = self._log.last_loss
+        if self.trainer.eval_dataset is not None:
+            facts["eval_loss_before"] = self._log.first_eval_loss
+            facts["eval_loss"] = self.trainer.evaluate()["eval_loss"]
+        facts["seconds"] = round(time.monotonic() - started, 2)
+        return facts
+
+    def close(self) -> None:
+        """Destroy the engine and drop model and optimizer, so that the next phase has the memory."""
+        engine = getattr(self.trainer, "deepspeed", None)
+        if engine is not None:
+            engine.destroy()
+        self.trainer.accelerator.free_memory()
+        del self.trainer
+        gc.collect()
+        if torch.accelerator.is_available():
+            torch.accelerator.memory.empty_cache()
+
+
+def training_dtype(config: RecipeConfig) -> torch.dtype:
+    """The dtype the weights are trained in. The engine keeps the dtype it finds, so loading decides it."""
+    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+
+
+def load_tokenizer(args: LotaArguments) -> Any:
+    """The base's tokenizer; one without a padding token pads with its end-of-text token."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.model_revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def batch_arithmetic(config: RecipeConfig, train: Dataset) -> str:
+    """How many rows make a step, and how many steps there are."""
+    micro, accumulation, ranks = config.per_device_train_batch_size, config.gradient_accumulation_steps, world_size()
+    per_step = micro * accumulation * ranks
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(len(train) / per_step * config.num_train_epochs)
+    return (
+        f"{per_step} rows a step ({micro} a micro batch x {accumulation} micro steps x {ranks} ranks), about {steps} "
+        f"steps over {len(train)} rows with {num_trained_tokens(train)} trained tokens, learning rate "
+        f"{config.learning_rate:g}"
+    )
+
+
+def num_trained_tokens(train: Dataset) -> int:
+    """Tokens that count in the loss. ValueError where there is none, which would train on nothing but NaN."""
+    labels = train.data.column("labels").combine_chunks().flatten()
+    count = int(pc.sum(pc.not_equal(labels, -100)).as_py() or 0)
+    if count == 0:
+        raise ValueError("no token of any completion is trained: max_length cut them all away, or they are empty")
+    return count
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the block's wall time to seconds[name]."""
+    started = time.monotonic()
+    yield
+    seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - started, 2)
+
+
+class _Log(TrainerCallback):
+    """Every log of the Trainer into metrics.jsonl, and the two losses that the summary wants."""
+
+    def __init__(self, phase: str, folder: RunFolder) -> None:
+        self.phase, self.folder = phase, folder
+        self.first_eval_loss: float | None = None
+        self.last_loss: float | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        row = dict(logs or {})
+        row.pop("total_flos", None)
+        if self.first_eval_loss is None:
+            self.first_eval_loss = row.get("eval_loss")
+        self.last_loss = row.get("loss", self.last_loss)
+        self.folder.add_metrics({"phase": self.phase, "step": state.global_step} | row)
+
+
+class _Progress(ProgressCallback):
+    """One bar a phase, with loss, learning rate and gradient norm; a line now and then where there is no terminal."""
+
+    def __init__(self, phase: str) -> None:
+        super().__init__()
+        self.phase = phase
+        self.is_terminal = sys.stderr.isatty()
+        self.next_line = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.current_step = 0
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, desc=self.phase, disable=not self.is_terminal)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
+        if self.is_terminal:
+            super().on_prediction_step(args, state, control, eval_dataloader)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if self.training_bar is None or not logs or "loss" not in logs:
+            return
+        names = {"loss": "loss", "learning_rate": "lr", "grad_norm": "norm"}
+        shown = {short: f"{float(logs[name]):.3g}" for name, short in names.items() if name in logs}
+        if self.is_terminal:
+            self.training_bar.set_postfix(shown, refresh=False)
+        elif state.global_step >= self.next_line:
+            self.next_line = state.global_step + state.max_steps / 8
+            facts = ", ".join(f"{short} {value}" for short, value in shown.items())
+            say(f"{self.phase}: step {state.global_step} of {state.max_steps}, {facts}")

@@ -1,0 +1,123 @@
+"""Fine-tune a model as a lottery ticket (LoTA): calibrate, select, rewind, train sparsely, deliver.
+
+    one GPU      deepspeed --num_gpus 1 recipes/train_lota.py --config recipes/configs/llama31_8b_gsm8k.yaml
+    one node     deepspeed recipes/train_lota.py --config recipes/configs/llama31_8b_gsm8k.yaml
+    two nodes    deepspeed --hostfile hosts --num_nodes 2 recipes/train_lota.py --config FILE --shard_group_size 8
+    CPU ranks    OMP_NUM_THREADS=1 deepspeed --num_gpus 2 recipes/train_lota.py --config recipes/configs/demo.yaml ...
+
+Every option of TRL's SFTConfig and of recipes/arguments.py may stand in the file or on the command line, which wins.
+In output_dir: ticket/, summary.json, metrics.jsonl, config.yaml and, on request, merged/. Stages can be taken apart:
+recipes/calibrate_mask.py stops at the mask, and `--mask PATH` starts from one. `--method full` trains all weights
+with stock ZeRO-3 on the same data, for comparison.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes run from the checkout, under any launcher
+
+import torch
+
+import lota
+from recipes import data, dense_checkpoint
+from recipes.arguments import LotaArguments, parse, validate
+from recipes.mask_phase import calibrate, mask_facts
+from recipes.phases import Phase, timed, training_dtype
+from recipes.run_folder import RunFolder, rank, say, versions, world_size
+
+
+def main() -> None:
+    started = time.monotonic()
+    args, config = parse()
+    notes = validate(args, config)
+    sets = data.load(args)
+    folder = RunFolder(config.output_dir)
+    folder.write_config(args, config)
+    for note in notes:
+        say(note)
+    say(f"{args.method} on {args.model_name_or_path}, {world_size()} ranks, weights in {training_dtype(config)}")
+
+    seconds: dict[str, float] = {}
+    summary: dict[str, Any] = {"method": args.method, "model": args.model_name_or_path, "world_size": world_size()}
+    if args.method == "full":
+        with timed(seconds, "training"):
+            phase = Phase("train", args, config, sets, folder)
+            summary["training"] = phase.run()
+        if args.merged:
+            with timed(seconds, "merged"):
+                dense_checkpoint.save_sharded(phase.trainer.deepspeed, folder.path / "merged", args)
+        phase.close()
+    else:
+        if args.mask is not None:
+            mask = lota.Mask.load(args.mask)
+            say(f"mask from {args.mask}: {mask.num_active} of {mask.eligible} entries, density {mask.density:.8g}")
+        else:
+            mask, summary["calibration"], sets = calibrate(args, config, sets, folder, seconds)
+        summary["mask"] = mask_facts(args, mask)
+        train_ticket(args, config, sets, folder, mask, seconds, summary)
+
+    seconds["total"] = round(time.monotonic() - started, 2)
+    summary |= {"seconds": seconds, "versions": versions()}
+    folder.write_summary(summary)
+    say(f"done in {seconds['total']:.0f} s; {folder.path / 'summary.json'} has the figures")
+
+
+def train_ticket(
+    args: LotaArguments,
+    config: Any,
+    sets: Any,
+    folder: RunFolder,
+    mask: lota.Mask,
+    seconds: dict[str, float],
+    summary: dict[str, Any],
+) -> None:
+    """Rewind, train the active entries, and write the ticket; what was seen goes into `summary`. Collective."""
+    with (
+        timed(seconds, "training"),
+        lota.sparse_zero3(
+            mask,
+            shard_group_size=args.shard_group_size,
+            gradient_reduction=args.gradient_reduction,
+            kernels=args.kernels,
+        ) as run,
+    ):
+        phase = Phase("train", args, config, sets, folder)
+        facts = phase.run()
+    report = run.report()
+    summary["training"] = facts | {"report": report}
+    with timed(seconds, "ticket"):
+        ticket = run.save_ticket(
+            folder.path / "ticket",
+            provenance={
+                "model": args.model_name_or_path,
+                "revision": args.model_revision,
+                "score": args.score or "from a mask",
+                "data": args.train_file or args.dataset_name,
+                "steps": facts["steps"],
+                "learning_rate": config.learning_rate,
+                "versions": versions(),
+            },
+            dtype=torch.float32 if args.ticket_dtype == "float32" else None,
+        )
+    phase.close()
+    summary["ticket"] = ticket | {"bits_per_eligible_weight": 8 * ticket["bytes"] / mask.eligible}
+    held, dense = sum(report["bytes_held"].values()), sum(report["bytes_held_dense"].values())
+    say(f"held {held / 2**20:.1f} MiB a rank for model states; dense ZeRO-3 would hold {dense / 2**20:.1f} MiB")
+    say(f"{ticket['num_changed']} of {ticket['num_active']} trained entries changed")
+    say(f"ticket: {ticket['bytes'] / 2**20:.2f} MiB in {folder.path / 'ticket'}")
+    if args.merged:
+        with timed(seconds, "merged"):
+            dense_checkpoint.save_applied(args, training_dtype(config), folder.path / "ticket", folder.path / "merged")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        if rank() == 0:
+            print(f"[lota] {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
