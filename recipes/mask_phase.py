@@ -24,9 +24,7 @@ def calibrate(
     Collective; the engine is gone afterwards.
     """
     assert args.density is not None and args.budget is not None and args.score is not None
-    say(
-        f"score {args.score}, {args.calibration_steps} calibration steps, density {args.density:g}, {args.budget} budget"
-    )
+    say(f"score {args.score}, {args.calibration_steps} steps, density {args.density:g}, {args.budget} budget")
     changes: dict[str, Any] = {"max_steps": args.calibration_steps}
     if args.calibration_learning_rate is not None:
         changes["learning_rate"] = args.calibration_learning_rate

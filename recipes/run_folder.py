@@ -39,7 +39,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
 
     def write_config(self, args: LotaArguments, config: RecipeConfig) -> None:
-        """The options as resolved, loadable again with --config, and the versions that ran."""
+        """The options as resolved, to be used again with --config."""
         defaults = RecipeConfig.__dataclass_fields__
         options = {name: value for name, value in asdict(args).items() if value is not None}
         for name, entry in defaults.items():
@@ -47,7 +47,7 @@ class RunFolder:
             value = getattr(value, "value", value)
             if name in _ALWAYS_WRITTEN or (entry.init and _is_plain(value) and value != entry.default):
                 options[name] = value
-        for name in _SET_BY_THE_MACHINE:
+        for name in _FILLED_IN:
             options.pop(name, None)
         if self.is_writer:
             _write(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
@@ -65,7 +65,11 @@ class RunFolder:
 
 
 _ALWAYS_WRITTEN = ("learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed", "max_length")
-_SET_BY_THE_MACHINE = ("use_cpu", "local_rank", "logging_dir")
+# Filled in by TrainingArguments from the machine or from other options; they resolve again when the file is used.
+_FILLED_IN = (
+    *("use_cpu", "local_rank", "disable_tqdm", "dataloader_pin_memory", "pad_to_multiple_of"),
+    *("activation_checkpointing", "report_to", "include_for_metrics", "debug"),
+)
 
 
 def versions() -> dict[str, str]:
