@@ -47,7 +47,7 @@ class TaskVectorScores:
 
     def scores(self) -> Iterator[tuple[str, int, Tensor]]:
         for piece in self._pieces:
-            master = self._master(piece.name)[: piece.weights.numel()]
+            master = self._master(piece.name).detach()[: piece.weights.numel()]
             yield piece.name, piece.start, master - self._base[piece.name].to(master.device).float()
 
     def nbytes(self) -> dict[str, int]:
@@ -71,11 +71,8 @@ class WeightScores:
 
     def scores(self) -> Iterator[tuple[str, int, Tensor]]:
         for piece in self._pieces:
-            scores = (
-                piece.weights.float()
-                if self._score == "magnitude"
-                else torch.ones_like(piece.weights, dtype=torch.float32)
-            )
+            weights = piece.weights.float()
+            scores = weights.abs() if self._score == "magnitude" else torch.ones_like(weights)
             yield piece.name, piece.start, scores
 
     def nbytes(self) -> dict[str, int]:

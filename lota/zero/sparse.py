@@ -61,33 +61,37 @@ class SparseTraining:
         for state in self.states:
             for name in update.moment_names:
                 state.add_moment(name)
-        self._place: dict[str, tuple[int, int]] = {}
-        for g, state in enumerate(self.states):
-            self._place |= {slot.name: (g, s) for s, slot in enumerate(state.layout.slots)}
-        self._reducers = [
-            GradientReducer(
-                [slot.counts for slot in state.layout.slots],
-                bucket_numel=bucket_numel,
-                groups=groups,
-                deliver=state.accumulate,
-                device=device,
-                once_per_step=once_per_step,
-            )
-            for state in self.states
-        ]
+        place = {slot.name: (state, slot) for state in self.states for slot in state.layout.slots}
+        # One order for all groups of tensors, the mask's, so that every rank sends buckets in the same order.
+        self._place = {name: place[name] for name in mask.names if name in place}
+        self._position = {name: position for position, name in enumerate(self._place)}
+        self._order = list(self._place.values())
+        self._reducer = GradientReducer(
+            [slot.counts for _, slot in self._order],
+            bucket_numel=bucket_numel,
+            groups=groups,
+            deliver=self._deliver,
+            device=device,
+            once_per_step=once_per_step,
+        )
         self.num_reductions = 0
         self.num_steps = 0
         self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     def slot(self, name: str) -> tuple[CompactState, Slot]:
-        group, slot = self._place[name]
-        return self.states[group], self.states[group].layout.slots[slot]
+        """The state that holds a tensor, and its place there."""
+        return self._place[name]
+
+    def _deliver(self, slots: range, values: Tensor) -> None:
+        for position in slots:
+            state, slot = self._order[position]
+            count = slot.counts[self.groups.shard_rank]
+            state.accumulate(slot, values[:count])
+            values = values[count:]
 
     def add_gradient(self, name: str, gradient: Tensor) -> None:
         """Compact a tensor's dense gradient (any float dtype, whole tensor) and hand it to the reduction."""
-        group, index = self._place[name]
-        state = self.states[group]
-        slot = state.layout.slots[index]
+        state, slot = self._place[name]
         span = {"start": slot.full_start, "stop": slot.full_start + slot.num_active, "origin": slot.full_origin}
         flat = gradient.reshape(-1)
 
@@ -97,12 +101,11 @@ class SparseTraining:
             else:
                 gather_add_(out, flat, state.full_index, **span)
 
-        self._reducers[group].add(index, write)
+        self._reducer.add(self._position[name], write)
 
     def finish_backward(self, last: bool) -> None:
         """After every backward (`last`: of the step): reduce and accumulate what is left. Collective."""
-        for reducer in self._reducers:
-            reducer.finish(last)
+        self._reducer.finish(last)
         self.num_reductions += 1
 
     def step(self, settings: Sequence[dict[str, Any]], clip: float, loss_scale: float) -> tuple[Tensor, Tensor]:
@@ -139,8 +142,8 @@ class SparseTraining:
         return total
 
     def discard_gradients(self) -> None:
-        for reducer, state in zip(self._reducers, self.states, strict=True):
-            reducer.discard()
+        self._reducer.discard()
+        for state in self.states:
             state.gradient.zero_()
 
     def current_values(self, name: str, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -158,10 +161,10 @@ class SparseTraining:
         return int(self._num_skipped)
 
     def bytes_sent(self) -> int:
-        return sum(reducer.bytes_sent for reducer in self._reducers)
+        return self._reducer.bytes_sent
 
     def bucket_bytes(self) -> int:
-        return max((reducer.bucket_bytes for reducer in self._reducers), default=0)
+        return self._reducer.bucket_bytes
 
     def nbytes(self) -> dict[str, int]:
         """Bytes this rank holds beside the weights, by kind."""

@@ -66,11 +66,9 @@ class CompactState:
     def add_moment(self, name: str) -> None:
         self.moments[name] = padded_zeros(self.local_index)
 
-    def accumulate(self, slots: range, values: Tensor) -> None:
-        """Add reduced gradients (fp32, slot after slot) to what earlier micro steps left."""
-        start = self.layout.slots[slots.start].local_start
-        piece = self.gradient[start : start + values.numel()]
-        piece.add_(values.to(piece.device))
+    def accumulate(self, slot: Slot, values: Tensor) -> None:
+        """Add this rank's reduced gradients of a tensor (fp32) to what earlier micro steps left."""
+        self.gradient[self.entries(slot)].add_(values.to(self.gradient.device))
 
     def entries(self, slot: Slot) -> slice:
         """Where the slot's entries stand in this rank's compact vectors."""

@@ -9,6 +9,7 @@ them.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any, Protocol
 
 import torch
@@ -157,7 +158,10 @@ def _run_steps(
     kind: type[torch.optim.Optimizer], defaults: dict[str, Any], values: list[Tensor], gradients: list[list[Tensor]]
 ) -> Tensor:
     parameters = [torch.nn.Parameter(value.clone()) for value in values]
-    optimizer = kind(parameters, **copy.deepcopy(defaults))
+    accepted = inspect.signature(kind.__init__).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+    settings = {key: copy.deepcopy(value) for key, value in defaults.items() if takes_all or key in accepted}
+    optimizer = kind(parameters, **settings)
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = gradient.clone()

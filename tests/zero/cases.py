@@ -186,3 +186,10 @@ def sparse_run(
 
 def default_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), **SETTINGS)
+
+
+def allow_fp16_on_cpu() -> None:
+    """DeepSpeed asks the accelerator before it trains in fp16, and its CPU one says no although torch's CPU can."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
