@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lota.selection.protection import Protection
 from lota.selection.topk import Piece
+from lota.selection.workers import Workers
 
 Pieces = Callable[[], Iterable[tuple[str, int, Tensor]]]
 
@@ -19,8 +20,11 @@ class PieceReader:
     Raising where the misuse is seen would leave the other ranks waiting in the next collective.
     """
 
-    def __init__(self, pieces: Pieces, shapes: Mapping[str, Sequence[int]], protection: Protection) -> None:
+    def __init__(
+        self, pieces: Pieces, shapes: Mapping[str, Sequence[int]], protection: Protection, workers: Workers
+    ) -> None:
         self._pieces = pieces
+        self._workers = workers
         self._protection = protection
         self.names = list(shapes)
         self.position = {name: position for position, name in enumerate(self.names)}
@@ -37,7 +41,7 @@ class PieceReader:
         self.problem = None
         here, end = -1, 0  # the tensor reached, and the flat position in it
         try:
-            for name, start, scores in self._pieces():
+            for name, start, scores in self._workers.pull(self._pieces):
                 start = int(start)
                 self._check(name, start, scores)
                 if (self.position[name], start) < (here, end):

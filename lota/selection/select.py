@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from lota.selection.budget import count_global, count_per_tensor, validate_budge
 from lota.selection.pieces import PieceReader, Pieces
 from lota.selection.protection import Protection
 from lota.selection.ranks import Ranks
-from lota.selection.topk import NUM_HIGH_BINS, Cut, Piece, chosen_positions, count_high, find_cut
+from lota.selection.topk import NUM_HIGH_BINS, Cut, Piece, Walk, chosen_positions, count_high, find_cut
+from lota.selection.workers import Workers
 from lota.ticket import BaseTensor, Mask
 
 _EncodableTensor = tuple[str, tuple[int, ...], Tensor]
@@ -90,23 +92,20 @@ def select(
         raise ValueError(f"base must identify every eligible tensor, got none for {missing[0]} ({len(missing)} lack).")
     full = {name: tuple(int(size) for size in shape) for name, shape in shapes.items()}
     protection = Protection(protect, full, base)
-    reader = PieceReader(pieces, full, protection)
-    num_free = {name: protection.num_free(name) for name in full}
-    if budget == "global":
-        budget_global = count_global(density, reader.eligible, sum(num_free.values()))
-    else:
-        budgets = count_per_tensor(density, reader.numel, num_free)
-    ranks = Ranks(group)
-    ranks.same(_fingerprint(full, density, budget, seed, protect, ranks), "shapes, density, budget, protect and seed")
-
-    cuts: list[Cut] = []
-    if budget == "global":
-        encodable = _choose_globally(reader, full, budget_global, ranks, seed, cuts)
-        asked = budget_global
-    else:
-        encodable = _choose_per_tensor(reader, full, budgets, ranks, seed, cuts)
+    with Workers() as workers:
+        reader = PieceReader(pieces, full, protection, workers)
+        num_free = {name: protection.num_free(name) for name in full}
+        if budget == "global":
+            budgets = {"": count_global(density, reader.eligible, sum(num_free.values()))}
+        else:
+            budgets = count_per_tensor(density, reader.numel, num_free)
         asked = sum(budgets.values())
-    mask = Mask.from_indices(encodable, base=None if base is None else {name: base[name] for name in full})
+        ranks = Ranks(group)
+        told = _fingerprint(full, density, budget, seed, protect, ranks)
+        ranks.same(told, "shapes, density, budget, protect and seed")
+        chooser = _Chooser(reader, full, ranks, workers, seed)
+        encodable = chooser.choose_globally(asked) if budget == "global" else chooser.choose_per_tensor(budgets)
+        mask = Mask.from_indices(encodable, base=None if base is None else {name: base[name] for name in full})
     if mask.num_active != asked:
         raise RuntimeError(
             f"{mask.num_active} entries were chosen where {asked} were asked for: pieces() gave other scores when it "
@@ -115,82 +114,89 @@ def select(
     return Selection(
         mask=mask,
         eligible=reader.eligible,
-        threshold=min(cut.threshold for cut in cuts),
-        num_tied=sum(cut.num_tied for cut in cuts if cut.last_hash is not None),
-        num_zero_scored=sum(cut.num_taken for cut in cuts if cut.key == 0),
+        threshold=min(cut.threshold for cut in chooser.cuts),
+        num_tied=sum(cut.num_tied for cut in chooser.cuts if cut.last_hash is not None),
+        num_zero_scored=sum(cut.num_taken for cut in chooser.cuts if cut.key == 0),
     )
 
 
-def _choose_globally(
-    reader: PieceReader, shapes: Mapping[str, tuple[int, ...]], k: int, ranks: Ranks, seed: int, cuts: list[Cut]
-) -> Iterator[_EncodableTensor]:
-    high_counts = _count_high(reader.walk(), reader, reader.names, ranks)
-    cut = find_cut(high_counts, reader.walk, k, ranks, seed)
-    cuts.append(cut)
-    _refuse_all_zero(cuts)
-    for name, mine in reader.walk_by_tensor():
-        yield name, shapes[name], _join(mine, cut, reader.numel[name], ranks, seed)
+class _Chooser:
+    """Yields (name, shape, chosen positions) tensor by tensor, as Mask encodes them; keeps the cuts it made."""
+
+    def __init__(
+        self, reader: PieceReader, shapes: Mapping[str, tuple[int, ...]], ranks: Ranks, workers: Workers, seed: int
+    ) -> None:
+        self._reader, self._shapes, self._ranks, self._workers, self._seed = reader, shapes, ranks, workers, seed
+        self.cuts: list[Cut] = []
+
+    def choose_globally(self, k: int) -> Iterator[_EncodableTensor]:
+        high_counts = self._count_high(self._reader.walk(), self._reader.names)
+        cut = self._find_cut(high_counts, self._reader.walk, k)
+        _refuse_all_zero(self.cuts)
+        for name, mine in self._reader.walk_by_tensor():
+            yield name, self._shapes[name], self._join(name, mine, cut)
+
+    def choose_per_tensor(self, budgets: Mapping[str, int]) -> Iterator[_EncodableTensor]:
+        for name, mine in self._reader.walk_by_tensor():
+            high_counts = self._count_high(mine, [name])
+            positions = torch.empty(0, dtype=torch.int64, device="cpu")
+            if budgets[name]:
+                positions = self._join(name, mine, self._find_cut(high_counts, mine.__iter__, budgets[name]))
+            yield name, self._shapes[name], positions
+        _refuse_all_zero(self.cuts)
+
+    def _find_cut(self, high_counts: Tensor, walk: Walk, k: int) -> Cut:
+        self.cuts.append(find_cut(high_counts, walk, k, self._ranks, self._seed, self._workers.each))
+        return self.cuts[-1]
+
+    def _join(self, name: str, mine: list[Piece], cut: Cut) -> Tensor:
+        find = partial(chosen_positions, cut=cut, seed=self._seed)
+        found = [part for piece in mine for part in self._workers.each(find, piece)]
+        if not found:
+            found = [torch.empty(0, dtype=torch.int64, device="cpu")]
+        return self._ranks.join(torch.cat(found) if len(found) > 1 else found[0], self._reader.numel[name])
+
+    def _count_high(self, walk: Iterable[Piece], names: list[str]) -> Tensor:
+        """First radix pass over this rank's pieces of `names`, summed over the ranks: int64 [NUM_HIGH_BINS], CPU.
+
+        One collective carries the counts, what each tensor got, its NaN and whether a rank met misuse, so that every
+        rank raises the same ValueError.
+        """
+        row = {name: number for number, name in enumerate(names)}
+        given = torch.zeros(2, len(names), dtype=torch.int64, device="cpu")  # scores and NaN per tensor
+        high_counts = torch.zeros(NUM_HIGH_BINS, dtype=torch.int64, device="cpu")
+        for piece in walk:
+            for counts, num_nan in self._workers.each(count_high, piece):
+                high_counts = high_counts.to(counts.device)
+                high_counts += counts
+                given[1, row[piece.name]] += num_nan
+            given[0, row[piece.name]] += piece.scores.numel()
+        has_problem = torch.tensor([self._reader.problem is not None], dtype=torch.int64, device="cpu")
+        total = self._ranks.sum(torch.cat([has_problem, given.flatten(), high_counts.cpu()]))
+        if total[0]:
+            raise ValueError(self._ranks.first_message(self._reader.problem))
+        num_scores, num_nan_of = total[1 : 1 + given.numel()].view_as(given).tolist()
+        self._refuse_missing(names, num_scores)
+        _refuse_nan(names, num_nan_of)
+        return total[1 + given.numel() :]
+
+    def _refuse_missing(self, names: list[str], num_scores: list[int]) -> None:
+        for name, got in zip(names, num_scores, strict=True):
+            if got != self._reader.numel[name]:
+                raise ValueError(
+                    f"expected {self._reader.numel[name]} scores for {name} over all ranks, got {got}. "
+                    f"pieces() must cover every tensor of `shapes` exactly once, in that order."
+                )
 
 
-def _choose_per_tensor(
-    reader: PieceReader,
-    shapes: Mapping[str, tuple[int, ...]],
-    budgets: Mapping[str, int],
-    ranks: Ranks,
-    seed: int,
-    cuts: list[Cut],
-) -> Iterator[_EncodableTensor]:
-    for name, mine in reader.walk_by_tensor():
-        high_counts = _count_high(mine, reader, [name], ranks)
-        if budgets[name] == 0:
-            yield name, shapes[name], torch.empty(0, dtype=torch.int64, device="cpu")
-            continue
-        cut = find_cut(high_counts, mine.__iter__, budgets[name], ranks, seed)
-        cuts.append(cut)
-        yield name, shapes[name], _join(mine, cut, reader.numel[name], ranks, seed)
-    _refuse_all_zero(cuts)
-
-
-def _join(mine: list[Piece], cut: Cut, numel: int, ranks: Ranks, seed: int) -> Tensor:
-    found = [chosen_positions(piece, cut, seed) for piece in mine]
-    if not found:
-        found = [torch.empty(0, dtype=torch.int64, device="cpu")]
-    return ranks.join(torch.cat(found) if len(found) > 1 else found[0], numel)
-
-
-def _count_high(walk: Iterable[Piece], reader: PieceReader, names: list[str], ranks: Ranks) -> Tensor:
-    """First radix pass over this rank's pieces of `names`, summed over the ranks: int64 [NUM_HIGH_BINS] on the CPU.
-
-    One collective carries the counts, what each tensor got, its NaN and whether a rank met misuse, so that every rank
-    raises the same ValueError.
-    """
-    row = {name: number for number, name in enumerate(names)}
-    given = torch.zeros(2, len(names), dtype=torch.int64, device="cpu")  # scores and NaN per tensor
-    high_counts = torch.zeros(NUM_HIGH_BINS, dtype=torch.int64, device="cpu")
-    for piece in walk:
-        counts, num_nan = count_high(piece)
-        high_counts = high_counts.to(counts.device)
-        high_counts += counts
-        given[0, row[piece.name]] += piece.scores.numel()
-        given[1, row[piece.name]] += num_nan
-    has_problem = torch.tensor([reader.problem is not None], dtype=torch.int64, device="cpu")
-    total = ranks.sum(torch.cat([has_problem, given.flatten(), high_counts.cpu()]))
-    if total[0]:
-        raise ValueError(ranks.first_message(reader.problem))
-    given = total[1 : 1 + given.numel()].view_as(given)
-    for name, num_scores in zip(names, given[0].tolist(), strict=True):
-        if num_scores != reader.numel[name]:
-            raise ValueError(
-                f"expected {reader.numel[name]} scores for {name} over all ranks, got {num_scores}. "
-                f"pieces() must cover every tensor of `shapes` exactly once, in that order."
-            )
-    if (bad := given[1].nonzero()[:, 0]).numel():
-        also = f" (and some in {bad.numel() - 1} other tensors)" if bad.numel() > 1 else ""
+def _refuse_nan(names: list[str], num_nan: list[int]) -> None:
+    bad = [(name, count) for name, count in zip(names, num_nan, strict=True) if count]
+    if bad:
+        also = f" (and some in {len(bad) - 1} other tensors)" if len(bad) > 1 else ""
         raise ValueError(
-            f"expected scores that are numbers, got {int(given[1, bad[0]])} NaN in {names[int(bad[0])]}{also}. "
+            f"expected scores that are numbers, got {bad[0][1]} NaN in {bad[0][0]}{also}. "
             f"Calibration diverged: lower its learning rate, or check the data and the precision."
         )
-    return total[1 + given.numel() :]
 
 
 def _refuse_all_zero(cuts: list[Cut]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,9 +23,8 @@ NUM_HIGH_BINS = 1 << 15
 KEY_MASK = 0x7FFFFFFF
 INFINITY_KEY = 0x7F800000
 PROTECTED_KEY = -1
-# Elements per chunk. On a quiet CPU 2**19 to 2**22 are equally fast; on a busy one every operation waits for its
-# slowest thread, so that fewer and larger ones win. Accelerators want fewer launches still.
-_CPU_CHUNK, _ACCELERATOR_CHUNK = 1 << 22, 1 << 24
+# Elements per chunk: a CPU core's temporaries stay in its cache; accelerators want fewer launches.
+_CPU_CHUNK, _ACCELERATOR_CHUNK = 1 << 18, 1 << 24
 MAX_GATHERED_TIES = 1 << 20  # as many tied hashes as may be gathered and sorted (8 MB); above, one more radix pass
 
 
@@ -50,12 +50,33 @@ class Piece:
                 keys.masked_fill_(~self.free[offset : offset + size], PROTECTED_KEY)
             yield offset, keys
 
+    def split(self, num_parts: int) -> list[Piece]:
+        """The piece in at most `num_parts` parts of equal length, the last one shorter."""
+        numel = self.scores.numel()
+        length = -(-numel // max(1, num_parts) // 8) * 8 + 8
+        return [
+            replace(
+                self,
+                start=self.start + begin,
+                model_start=self.model_start + begin,
+                scores=self.scores[begin : begin + length],
+                free=None if self.free is None else self.free[begin : begin + length],
+            )
+            for begin in range(0, numel, length)
+        ]
+
     def count_nan(self) -> int:
         """NaN among all the scores, the protected ones too."""
         return sum(int((keys > INFINITY_KEY).sum()) for _, keys in replace(self, free=None).chunks())
 
 
 Walk = Callable[[], Iterable[Piece]]
+Each = Callable[[Callable[[Piece], Tensor], Piece], list[Tensor]]
+
+
+def inline(function: Callable[[Piece], Tensor], piece: Piece) -> list[Tensor]:
+    """The piece as its only part."""
+    return [function(piece)]
 
 
 @dataclass(frozen=True)
@@ -84,20 +105,18 @@ def count_high(piece: Piece) -> tuple[Tensor, int]:
     return counts, piece.count_nan() if has_suspects else 0
 
 
-def find_cut(high_counts: Tensor, walk: Walk, k: int, ranks: Ranks, seed: int) -> Cut:
+def find_cut(high_counts: Tensor, walk: Walk, k: int, ranks: Ranks, seed: int, each: Each = inline) -> Cut:
     """Where to cut for exactly k entries, 1 <= k <= sum(high_counts); the same on every rank. Collective.
 
     high_counts: count_high over all pieces of all ranks, on the CPU. walk: this rank's pieces; walked once, and once or
-    twice more only when a tie must be broken.
+    twice more only when a tie must be broken. each: applies a function to the parts of a piece.
     """
     bin_high, num_above = _descend(high_counts, k)
     low_counts = torch.zeros(1 << LOW_BITS, dtype=torch.int64, device="cpu")
     for piece in walk():
-        low_counts = low_counts.to(piece.scores.device)
-        for _, keys in piece.chunks():
-            inside = (keys & ~((1 << LOW_BITS) - 1)) == bin_high << LOW_BITS
-            low = _pick(keys, inside) & ((1 << LOW_BITS) - 1)
-            low_counts += torch.bincount(low, minlength=1 << LOW_BITS)
+        for counts in each(partial(count_low, bin_high=bin_high), piece):
+            low_counts = low_counts.to(counts.device)
+            low_counts += counts
     low_counts = ranks.sum(low_counts)
     bin_low, num_above_inside = _descend(low_counts, k - num_above)
     num_above += num_above_inside
@@ -106,6 +125,16 @@ def find_cut(high_counts: Tensor, walk: Walk, k: int, ranks: Ranks, seed: int) -
     num_taken = k - num_above
     last_hash = None if num_taken == num_tied else _last_hash(walk, key, num_tied, num_taken, ranks, seed)
     return Cut(key, num_above, num_tied, num_taken, last_hash)
+
+
+def count_low(piece: Piece, bin_high: int) -> Tensor:
+    """int64 counts of the lower bits of the keys whose upper bits are `bin_high`, on the scores' device."""
+    counts = torch.zeros(1 << LOW_BITS, dtype=torch.int64, device=piece.scores.device)
+    for _, keys in piece.chunks():
+        inside = (keys & ~((1 << LOW_BITS) - 1)) == bin_high << LOW_BITS
+        low = _pick(keys, inside) & ((1 << LOW_BITS) - 1)
+        counts += torch.bincount(low, minlength=1 << LOW_BITS)
+    return counts
 
 
 def chosen_positions(piece: Piece, cut: Cut, seed: int) -> Tensor:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lota.selection import select, topk
+from lota.selection import select, topk, workers
 from tests.selection.oracle import chosen, pieces_of, positions_of
 
 SHAPES = {"one": (1,), "matrix": (13, 17), "none": (0, 4), "experts": (3, 5, 7), "odd": (31, 3)}
@@ -47,12 +47,17 @@ def _scores(kind, seed=0, dtype=torch.float32):
     return {name: kind(shape, generator).to(dtype) for name, shape in SHAPES.items()}
 
 
-@pytest.fixture(params=["whole", "chunked"])
+@pytest.fixture(params=["whole", "chunked", "threads"])
 def chunking(request, monkeypatch):
-    """Everything in one chunk, or chunks of 7 with ties narrowed by a radix pass before they are gathered."""
-    if request.param == "chunked":
+    """Everything in one chunk; or chunks of 7 and ties narrowed by a radix pass, on one thread and on three."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 if request.param == "threads" else 1)
+    if request.param != "whole":
         monkeypatch.setattr(topk, "_CPU_CHUNK", 7)
         monkeypatch.setattr(topk, "MAX_GATHERED_TIES", 2)
+        monkeypatch.setattr(workers, "_MIN_PART", 10)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("budget", ["global", "per_tensor"])
@@ -141,6 +146,26 @@ def test_scores_are_recomputed_as_rarely_as_promised(budget, kind, calls):
     called = []
     select(lambda: called.append(1) or pieces(), shapes, density=0.3, budget=budget)
     assert len(called) == calls
+
+
+@pytest.mark.parametrize("has_error", [False, True])
+def test_torch_has_its_threads_while_scores_are_computed_and_afterwards(has_error):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    seen = []
+
+    def pieces():
+        seen.append(torch.get_num_threads())
+        yield "w", 0, torch.full((10,), float("nan")) if has_error else torch.arange(10.0)
+        seen.append(torch.get_num_threads())
+
+    try:
+        select(pieces, {"w": (10,)}, density=0.5)
+    except ValueError:
+        assert has_error
+    assert set(seen) == {3}
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
 
 
 @pytest.mark.gpu
