@@ -10,9 +10,10 @@ from typing import Any
 
 from lota.selection import Selection, eligible, select, validate_budget, validate_density
 from lota.ticket import Mask, Ticket
+from lota.zero.calibration_run import CalibrationRun
 from lota.zero.engine import substituted
-from lota.zero.runs import CalibrationRun, SparseRun
 from lota.zero.scores import SCORES
+from lota.zero.sparse_run import SparseRun
 
 KERNELS = ("auto", "torch", "triton")
 GRADIENT_REDUCTIONS = ("auto", "compact", "dense")

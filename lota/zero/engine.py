@@ -188,7 +188,7 @@ class CompactOptimizer(DeepSpeedZeroOptimizer_Stage3):
         self._pre_step()
         self._partition_all_parameters()
         self._global_grad_norm, skip = self.lota_step()
-        self.overflow = skip
+        self.overflow: Any = skip
         if self.dtype == torch.float16:
             self.overflow = bool(skip)
             self._update_scale(self.overflow)
@@ -315,7 +315,7 @@ def trainable_groups(optimizer: Any) -> list[TensorGroup]:
 
 def partitions(model: torch.nn.Module) -> Iterator[SimpleNamespace]:
     """Every parameter under ZeRO-3: name, shape, dtype, numel, this rank's padded piece `data`, and its group."""
-    for name, param in model.named_parameters():
+    for name, param in _zero_parameters(model):
         yield SimpleNamespace(
             name=name,
             shape=tuple(param.ds_shape),
@@ -324,6 +324,11 @@ def partitions(model: torch.nn.Module) -> Iterator[SimpleNamespace]:
             data=param.ds_tensor.data,
             group=param.ds_process_group,
         )
+
+
+def _zero_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Named parameters with the attributes that `zero.Init` gives them."""
+    yield from model.named_parameters()
 
 
 def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -346,7 +351,7 @@ def _regroup(model: torch.nn.Module, group: Any) -> None:
     Models that transformers loads are sharded over the world, because `zero.Init` cannot load them into several groups.
     """
     world = deepspeed.comm.get_world_group()
-    for name, param in model.named_parameters():
+    for name, param in _zero_parameters(model):
         if param.ds_process_group != world:
             raise ValueError(
                 f"{name} is already sharded over a group of its own; load the model without data_parallel_group "
@@ -375,7 +380,7 @@ def check_world_sharded(model: torch.nn.Module) -> None:
 
 def _convert_to_zero_parameters(model: torch.nn.Module, engine: Any) -> None:
     """Shard what is not sharded yet over the world, exactly as ZeRO-3 would do a moment later."""
-    parameters = list(model.parameters())
+    parameters: list[Any] = list(model.parameters())
     plain = [param for param in parameters if not hasattr(param, "ds_id")]
     if plain and len(plain) == len(parameters):
         offload = engine.zero_offload_param()

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
-import torch
-
 
 class Freeze:
     """Freezes every parameter outside `trainable` and makes frozen embeddings pass gradients on; `restore` undoes
     both."""
 
-    def __init__(self, model: torch.nn.Module, trainable: Container[str]) -> None:
-        self._model: Any = model
+    def __init__(self, model: Any, trainable: Container[str]) -> None:
+        self._model = model
         self._frozen = [
             param for name, param in model.named_parameters() if param.requires_grad and name not in trainable
         ]

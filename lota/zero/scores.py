@@ -114,7 +114,14 @@ class GradientScores:
     def add_gradient(self, name: str, gradient: Tensor) -> None:
         """Hand a whole tensor's gradient (any float dtype) to the reduction."""
         flat = gradient.reshape(-1)
-        self._reducer.add(self._slot[name], lambda out, is_first: out.copy_(flat) if is_first else out.add_(flat))
+
+        def write(out: Tensor, is_first: bool) -> None:
+            if is_first:
+                out.copy_(flat)
+            else:
+                out.add_(flat)
+
+        self._reducer.add(self._slot[name], write)
 
     def finish_backward(self, last: bool) -> None:
         self._reducer.finish(last)

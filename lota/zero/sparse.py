@@ -53,7 +53,7 @@ class SparseTraining:
         once_per_step: bool,
     ) -> None:
         self.mask, self.update, self.groups, self.device = mask, update, groups, device
-        self.tensor_groups = tuple(tensor_groups)
+        self.tensor_groups, self._once_per_step = tuple(tensor_groups), once_per_step
         self.states = [
             CompactState(g.names, g.numels, g.weights, mask.indices, groups.shard_rank, groups.shard_size, device)
             for g in tensor_groups
@@ -92,7 +92,8 @@ class SparseTraining:
     def add_gradient(self, name: str, gradient: Tensor) -> None:
         """Compact a tensor's dense gradient (any float dtype, whole tensor) and hand it to the reduction."""
         state, slot = self._place[name]
-        span = {"start": slot.full_start, "stop": slot.full_start + slot.num_active, "origin": slot.full_origin}
+        stop = slot.full_start + slot.num_active
+        span: dict[str, Any] = {"start": slot.full_start, "stop": stop, "origin": slot.full_origin}
         flat = gradient.reshape(-1)
 
         def write(out: Tensor, is_first: bool) -> None:
@@ -106,7 +107,7 @@ class SparseTraining:
     def finish_backward(self, last: bool) -> None:
         """After every backward (`last`: of the step): reduce and accumulate what is left. Collective."""
         self._reducer.finish(last)
-        self.num_reductions += 1
+        self.num_reductions += int(last or not self._once_per_step)
 
     def step(self, settings: Sequence[dict[str, Any]], clip: float, loss_scale: float) -> tuple[Tensor, Tensor]:
         """Clip by the norm over active entries, update, scatter, zero the gradients. Collective.

@@ -32,7 +32,7 @@ class AdamW:
     """`lota.kernels.adamw_`; the step count is a device value that a skipped step leaves alone."""
 
     name = "adamw"
-    moment_names = ("exp_avg", "exp_avg_sq")
+    moment_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 
     def __init__(self) -> None:
         self.steps: dict[int, Tensor] = {}
@@ -62,7 +62,7 @@ class RMSprop:
     """`lota.kernels.rmsprop_`."""
 
     name = "rmsprop"
-    moment_names = ("square_avg",)
+    moment_names: tuple[str, ...] = ("square_avg",)
 
     def __call__(self, state: CompactState, settings: dict[str, Any], scale: Tensor, skip: Tensor) -> None:
         scalars = rmsprop_scalars(scale, skip, lr=settings["lr"], weight_decay=settings["weight_decay"])
@@ -81,7 +81,7 @@ class RMSprop:
 class TorchOptimizer:
     """The caller's optimizer itself, one group at a time, on the compact masters. Asks the host whether to skip."""
 
-    moment_names = ()
+    moment_names: tuple[str, ...] = ()
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer

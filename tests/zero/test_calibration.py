@@ -102,7 +102,8 @@ def test_task_vector_is_master_minus_base(ranks):
                 assert torch.equal(vector, moved)
             else:
                 assert (vector != 0).float().mean() > 0.95, "fp32 masters move where bf16 weights do not"
-                assert torch.allclose(vector, moved, atol=2e-3)
+                # half a bf16 unit of weights below 2
+                assert torch.allclose(vector, moved, atol=4e-3, rtol=0)
         frozen = [name for name in results[0]["weights"] if name not in results[0]["mask"].names]
         assert frozen
         for name in frozen:

@@ -26,6 +26,9 @@ def expected():
         (4, {}),
         (4, {"shard_group_size": 1}),
         (4, {"shard_group_size": 2}),
+        (2, {"config": {"zero": {"stage3_param_persistence_threshold": 100_000}}}),
+        (2, {"config": {"zero": {"offload_param": {"device": "cpu"}}}}),
+        (2, {"config": {"zero": {"sub_group_size": 1000}}}),
     ],
 )
 def test_equals_the_dense_reference(ranks, expected, world, options):

@@ -1,0 +1,91 @@
+"""The run behind `calibration_zero3`: which tensors take part, their scores, and where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lota.zero import engine as engines
+from lota.zero.frozen import Freeze
+from lota.zero.groups import make_groups
+from lota.zero.run import BUCKET_NUMEL, BlockRun
+from lota.zero.scores import GRADIENT_SCORES, GradientScores, Piece, TaskVectorScores, WeightScores, piece_of
+
+
+class CalibrationRun(BlockRun):
+    """Scores of the eligible tensors. eligible: full shapes by name -> names in order."""
+
+    is_sparse = False
+
+    def __init__(self, score: str, eligible: Callable[[Mapping[str, tuple[int, ...]]], Sequence[str]]) -> None:
+        super().__init__()
+        self.score, self._eligible = score, eligible
+        self.optimizer_class = None if score == "task_vector" else engines.CompactOptimizer
+        self.names: tuple[str, ...] = ()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.core: Any = None
+
+    def prepare(self, model: torch.nn.Module, config: Any) -> None:
+        self._claim()
+        engines.check_world_sharded(model)
+        shapes = engines.shapes(model)
+        trainable = {name for name, param in model.named_parameters() if param.requires_grad}
+        self.names = tuple(self._eligible({name: shape for name, shape in shapes.items() if name in trainable}))
+        self.shapes = {name: shapes[name] for name in self.names}
+        self._freeze = Freeze(model, set(self.names))
+        self._groups = make_groups(dist.get_world_size())
+
+    def weight_group(self) -> Any:
+        return None
+
+    def _pieces(self, model: torch.nn.Module) -> list[Piece]:
+        reduction = self.groups.reduction
+        return [
+            piece_of(part.name, part.numel, part.data, reduction.shard_rank, reduction.shard_size)
+            for part in engines.partitions(model)
+            if part.name in self.shapes
+        ]
+
+    def build(self, optimizer: Any, engine: Any) -> Any:
+        pieces = self._pieces(engine.module)
+        if self.score in GRADIENT_SCORES:
+            self.core = GradientScores(
+                pieces,
+                self.score,
+                groups=self.groups.reduction,
+                device=self.device,
+                bucket_numel=min(int(optimizer.reduce_bucket_size), BUCKET_NUMEL),
+                accumulates=engine.gradient_accumulation_steps() > 1 or optimizer.dtype == torch.float16,
+            )
+        else:
+            self.core = WeightScores(pieces, self.score)
+        return self.core
+
+    def built(self, engine: Any) -> None:
+        super().built(engine)
+        self.base = self._fingerprints(engine.module)
+        if self.score == "task_vector":
+            self.core = TaskVectorScores(self._pieces(engine.module), engines.master_of(engine))
+
+    def scores(self) -> Iterator[tuple[str, int, Tensor]]:
+        """This rank's pieces: name, flat start, scores (fp32)."""
+        self._need_engine("mask()")
+        return self.core.scores()
+
+    def release(self) -> None:
+        """Drop scores and the engine."""
+        self.core = self.engine = None
+
+    def report(self) -> dict[str, Any]:
+        """What this rank holds, in bytes, and what was calibrated."""
+        held = {"weights": self._weights_bytes(), **self.core.nbytes()}
+        if self.score == "task_vector":
+            held["masters_moments_gradients"] = 16 * sum(
+                piece.weights.numel() for piece in self._pieces(self.engine.module)
+            )
+        numel = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        return {"score": self.score, "eligible": numel, "steps": self.engine.global_steps, "bytes_held": held}

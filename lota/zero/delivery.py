@@ -1,0 +1,107 @@
+"""Compact values of many ranks become a ticket, one tensor at a time; whatever goes wrong, every rank hears of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lota.ticket import Mask, TicketWriter
+from lota.ticket.fingerprint import fingerprint_at
+from lota.zero.layout import owned_range
+from lota.zero.sparse import SparseTraining
+
+
+def base_put_back(training: SparseTraining) -> dict[str, int]:
+    """What turns the fingerprints of this rank's trained pieces into the base's, if only active entries moved.
+
+    Fingerprints are linear: the trained values are taken out and the base's put in.
+    """
+    groups = training.groups
+    corrections: dict[str, int] = {}
+    for state in training.states:
+        for slot in state.layout.slots:
+            entries = state.entries(slot)
+            start, _ = owned_range(slot.numel, groups.shard_size, groups.shard_rank)
+            positions = state.local_index.positions(entries.start, entries.stop).cpu() - slot.local_origin + start
+            values, base = training.current_values(slot.name, None)
+            corrections[slot.name] = fingerprint_at(positions, base) - fingerprint_at(positions, values)
+    return corrections
+
+
+def deliver(
+    training: SparseTraining,
+    mask: Mask,
+    path: str | Path,
+    provenance: Mapping[str, Any] | None,
+    *,
+    dtype: torch.dtype | None,
+    overwrite: bool,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Write the ticket from rank 0 and return its counts on every rank. Collective over the world.
+
+    Only one tensor's values are gathered at a time. An error of the writer does not stop the gathering, which the other
+    ranks take part in; it is raised on every rank at the end.
+    """
+    writer: TicketWriter | None = None
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            writer = TicketWriter(path, mask, dict(provenance or {}), overwrite=overwrite)
+        except (ValueError, OSError) as caught:
+            error = caught
+    for name in mask.names:
+        values, base = _collect(training, mask, name, dtype, device)
+        if writer is not None and error is None:
+            try:
+                writer.add(name, values, base)
+            except (ValueError, OSError) as caught:
+                error = caught
+    if writer is not None:
+        try:
+            if error is None:
+                writer.close()
+        except (ValueError, OSError) as caught:
+            error = caught
+        finally:
+            writer.abandon()
+    counts = {"num_active": mask.num_active}
+    if writer is not None:
+        counts |= {"num_changed": writer.num_changed or 0, "bytes": writer.num_bytes}
+    box: list[Any] = [error or counts]
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return box[0]
+
+
+def _collect(
+    training: SparseTraining, mask: Mask, name: str, dtype: torch.dtype | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """All values and base values of a tensor on rank 0 (empty elsewhere), from the shard group that rank 0 is in."""
+    groups, rank = training.groups, dist.get_rank()
+    base_dtype = getattr(torch, mask.base[name].dtype)
+    empty = torch.empty(0, dtype=dtype or base_dtype), torch.empty(0, dtype=base_dtype)
+    if not mask.active(name) or rank >= groups.shard_size:
+        return empty
+    _, slot = training.slot(name)
+    own = training.current_values(name, dtype)
+    if rank > 0:
+        for tensor in own:
+            if tensor.numel():
+                dist.send(tensor.to(device).view(torch.uint8), 0, group=groups.shard)
+        return empty
+    gathered = [[tensor] for tensor in own]
+    for source in range(1, groups.shard_size):
+        for pieces in gathered:
+            received = torch.empty(slot.counts[source], dtype=pieces[0].dtype, device=device)
+            if received.numel():
+                dist.recv(received.view(torch.uint8), source, group=groups.shard)
+            pieces.append(received.cpu())
+    values, base = (torch.cat(pieces) for pieces in gathered)
+    return values, base

@@ -1,0 +1,164 @@
+"""The run behind `sparse_zero3`: checks, the training inside the engine, its report and its ticket."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lota.ticket import Mask
+from lota.zero import engine as engines
+from lota.zero.base import dtype_name
+from lota.zero.delivery import base_put_back, deliver
+from lota.zero.frozen import Freeze
+from lota.zero.groups import check_shard_group_size, make_groups
+from lota.zero.run import BUCKET_NUMEL, BlockRun
+from lota.zero.sparse import SparseTraining
+from lota.zero.update import choose_update
+
+
+class SparseRun(BlockRun):
+    """Sparse training on a mask."""
+
+    is_sparse = True
+    optimizer_class = engines.SparseOptimizer
+
+    def __init__(self, mask: Mask, *, shard_group_size: int | None, once_per_step: bool) -> None:
+        super().__init__()
+        self.mask, self._shard_group_size, self._once_per_step = mask, shard_group_size, once_per_step
+        self.core: SparseTraining | None = None
+
+    @property
+    def _training(self) -> SparseTraining:
+        self._need_engine("the ticket")
+        assert self.core is not None
+        return self.core
+
+    def prepare(self, model: torch.nn.Module, config: Any) -> None:
+        self._claim()
+        size = check_shard_group_size(self._shard_group_size, dist.get_world_size())
+        parameters = dict(model.named_parameters())
+        shapes = engines.shapes(model)
+        _check_same_on_all_ranks(self.mask.digest, self.device)
+        for name in self.mask.names:
+            if name not in shapes:
+                close = difflib.get_close_matches(name, shapes, 1)
+                raise ValueError(
+                    f"the mask names {name}, which the model does not have"
+                    + (f"; did you mean {close[0]}?" if close else "")
+                )
+            self.mask.check_base(name, shapes[name], dtype_name(_engine_dtype(config, parameters[name].dtype)), None)
+            if self.mask.active(name) and not parameters[name].requires_grad:
+                raise ValueError(
+                    f"the mask trains {name}, but its requires_grad is False; set it to True or leave the tensor "
+                    "out of the mask"
+                )
+        active = {name for name in self.mask.names if self.mask.active(name)}
+        if not active:
+            raise ValueError("the mask has no active entry, so there is nothing to train")
+        self._freeze = Freeze(model, active)
+        self._groups = make_groups(size)
+
+    def build(self, optimizer: Any, engine: Any) -> SparseTraining:
+        tensor_groups = engines.trainable_groups(optimizer)
+        held = {name for group in tensor_groups for name in group.names}
+        missing = [name for name in self.mask.names if self.mask.active(name) and name not in held]
+        if missing:
+            raise ValueError(
+                f"the mask trains {missing[0]}"
+                + (f" and {len(missing) - 1} more tensors" if missing[1:] else "")
+                + ", but the optimizer was not given them; pass model.parameters()"
+            )
+        self.base = self._fingerprints(engine.module)
+        for name in self.mask.names:
+            tensor = self.base[name]
+            self.mask.check_base(name, self.mask.shape(name), tensor.dtype, tensor.fingerprint)
+        self.core = SparseTraining(
+            tensor_groups,
+            self.mask,
+            choose_update(optimizer.optimizer, tensor_groups[0].weights.device),
+            groups=self.groups.reduction,
+            device=self.device,
+            bucket_numel=min(int(optimizer.reduce_bucket_size), BUCKET_NUMEL),
+            once_per_step=self._once_per_step,
+        )
+        return self.core
+
+    def report(self) -> dict[str, Any]:
+        """What this rank holds and sent, in bytes, against dense ZeRO-3 AdamW with fp32 gradients; counts and steps."""
+        training, reduction = self._training, self.groups.reduction
+        shards = reduction.shard_size
+        trained = sum(self.mask.numel(name) for name in self.mask.names)
+        local = [state.layout.local_active for state in training.states]
+        return {
+            "num_active": self.mask.num_active,
+            "eligible": self.mask.eligible,
+            "density": self.mask.density,
+            "num_active_this_rank": sum(local),
+            "update": training.update.name,
+            "shard_group_size": shards,
+            "steps": training.num_steps,
+            "skipped_steps": training.num_skipped(),
+            "bytes_held": {
+                "weights": self._weights_bytes(),
+                **training.nbytes(),
+                "bucket": training.bucket_bytes(),
+                "mask_host": self.mask.nbytes,
+            },
+            "bytes_held_dense": {
+                "weights": self._weights_bytes(),
+                "masters_moments_gradients": 16 * -(-trained // shards),
+            },
+            "bytes_sent": training.bytes_sent(),
+            "bytes_sent_dense": training.num_reductions * 4 * trained * (1 if shards > 1 else 0),
+            "reductions": training.num_reductions,
+        }
+
+    def save_ticket(
+        self,
+        path: str | Path,
+        provenance: Mapping[str, Any] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+    ) -> dict[str, Any]:
+        """Verify that no frozen bit of the model moved, then write the ticket. Collective; rank 0 writes.
+
+        dtype: None stores the weights' own bits, torch.float32 the masters. Returns counts and bytes on every rank.
+        Raises RuntimeError where a frozen entry changed (a fault, or a script that wrote into the weights), and
+        ValueError or OSError where the ticket cannot be written; then nothing is left at `path`.
+        """
+        if dtype not in (None, torch.float32):
+            raise ValueError(f"dtype must be None (the weights' own) or torch.float32 (the masters), got {dtype}")
+        training = self._training
+        now = self._fingerprints(self.engine.module, base_put_back(training))
+        moved = [name for name, tensor in self.base.items() if now[name].fingerprint != tensor.fingerprint]
+        if moved:
+            raise RuntimeError(
+                f"{len(moved)} tensors changed outside the mask, {moved[0]} first: something wrote into frozen weights "
+                "during the run. The ticket was not written."
+            )
+        mask = self.mask.with_base({name: self.base[name] for name in self.mask.names})
+        return deliver(training, mask, path, provenance, dtype=dtype, overwrite=overwrite, device=self.device)
+
+
+def _engine_dtype(config: Any, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the engine will give the weights."""
+    if config.bfloat16_config.enabled:
+        return torch.bfloat16
+    return torch.float16 if config.float16_config.enabled else dtype
+
+
+def _check_same_on_all_ranks(digest: str, device: torch.device) -> None:
+    value = torch.tensor([int(digest[:15], 16)], dtype=torch.int64, device=device)
+    low, high = value.clone(), value.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    if not torch.equal(low, high):
+        raise ValueError(
+            "the mask differs between ranks: load the same ticket on every rank, or broadcast the mask from rank 0"
+        )
