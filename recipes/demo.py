@@ -157,7 +157,7 @@ def report(outcomes: dict[str, Outcome], summary: dict[str, Any], base: Path, ou
         rule,
         row("new task (English to Vokar), exact match", *(f"{outcome.new.exact:.1%}" for outcome in columns)),
         row("  answer loss, nats per token", *(f"{outcome.new.loss:.3f}" for outcome in columns)),
-        row("earlier task (Selan to English), exact", *(f"{outcome.earlier.exact:.1%}" for outcome in columns)),
+        row("earlier task (English to Selan), exact", *(f"{outcome.earlier.exact:.1%}" for outcome in columns)),
         row("  answer loss, nats per token", *(f"{outcome.earlier.loss:.3f}" for outcome in columns)),
         rule,
         row("weights that changed", "0", *(f"{outcome.num_changed:,}" for outcome in columns[1:])),

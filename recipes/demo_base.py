@@ -16,7 +16,7 @@ from recipes.demo_world import EARLIER_TEMPLATES, World, WorldConfig, fill
 from recipes.small_model import END, Row, SmallModelConfig
 
 # What one batch of pretraining is made of; the rest is plain text.
-SHARE_EARLIER, SHARE_GLOSSARY = 0.5, 0.25
+SHARE_EARLIER, SHARE_GLOSSARY = 0.4, 0.4
 
 
 def cache_folder() -> Path:

@@ -1,8 +1,8 @@
 """The demo's world: three small languages, made from a seed, with dictionaries between them.
 
 English says "the red fox sees the small boat near the mill"; **Selan** and **Vokar** say the same in words of their
-own, without the article. The base model is pretrained on sentences of all three, on glossaries ("fox in vokar : zugo"),
-and on the *earlier task*, Selan to English. It never sees a sentence of the *new task*, English to Vokar.
+own, without the article. The base model is pretrained on sentences of all three, on glossaries of both languages ("fox
+in vokar : zugo"), and on the *earlier task*, English to Selan. It never sees the *new task*, English to Vokar.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VERBS = ("sees", "follows", "carries", "guards", "visits", "draws", "likes", "hi
 PLACES = ("near", "behind", "inside", "under")
 WORDS = ADJECTIVES + NOUNS + VERBS + PLACES
 
-EARLIER_TEMPLATES = "say in english : {selan} =", " {english}"
+EARLIER_TEMPLATES = "say in selan : {english} =", " {selan}"
 NEW_TEMPLATES = "say in vokar : {english} =", " {vokar}"
 
 
@@ -85,15 +85,16 @@ class World:
         return [rng.choice(speak)(s) for _, s in zip(range(self.config.num_sentences), self.sentences("plain"))]
 
     def glossary(self) -> list[dict[str, str]]:
-        """Single words in Vokar, as prompt and completion."""
+        """Single words in Selan and Vokar, as prompt and completion."""
         rng = random.Random(f"{self.config.seed} glossary")
-        words = rng.choices(WORDS, k=self.config.num_glossary)
-        return [{"prompt": f"{word} in vokar :", "completion": f" {self.vokar[word]}"} for word in words]
+        languages = {"selan": self.selan, "vokar": self.vokar}
+        picks = [(word, rng.choice(list(languages))) for word in rng.choices(WORDS, k=self.config.num_glossary)]
+        return [{"prompt": f"say in {name} : {word} =", "completion": f" {languages[name][word]}"} for word, name in picks]
 
     def earlier_rows(self, stream: str, count: int) -> list[dict[str, str]]:
-        """Rows of the earlier task: fields selan and english."""
+        """Rows of the earlier task: fields english and selan."""
         meanings = (s for _, s in zip(range(count), self.sentences(f"earlier {stream}")))
-        return [{"selan": self.to_selan(s), "english": self.english(s)} for s in meanings]
+        return [{"english": self.english(s), "selan": self.to_selan(s)} for s in meanings]
 
     def new_rows(self, stream: str, count: int) -> list[dict[str, str]]:
         """Rows of the new task: fields english and vokar."""

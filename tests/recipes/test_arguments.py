@@ -1,0 +1,133 @@
+"""Options are read from file and command line, and whatever cannot work is refused by name before anything runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lota.ticket import Mask
+from recipes.arguments import DS_CONFIG_PATH, LotaArguments, RecipeConfig, parse, validate
+from recipes.run_folder import RunFolder
+
+BASE = ["--model_name_or_path", "base"]
+
+
+def checked(*argv: str, mask_only: bool = False) -> tuple[LotaArguments, RecipeConfig, list[str]]:
+    words = [*BASE, *argv]
+    args, config = parse(words)
+    return args, config, validate(args, config, mask_only=mask_only, argv=words)
+
+
+def test_defaults() -> None:
+    args, config, notes = checked("--learning_rate", "1e-2")
+    assert (args.density, args.budget, args.score, args.calibration_steps) == (0.1, "global", "task_vector", 200)
+    assert args.calibration_learning_rate == pytest.approx(1e-3)  # a tenth of the sparse phase's
+    assert (config.weight_decay, str(config.save_strategy.value), config.use_cpu) == (
+        0.0,
+        "no",
+        not torch.accelerator.is_available(),
+    )
+    assert Path(str(config.deepspeed)) == DS_CONFIG_PATH and notes == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--density", "0"], r"density must be in \(0, 1\]"),
+        (["--density", "90"], r"got 90.*Did you mean 0\.9\?"),
+        (["--density", "nan"], "density must be"),
+        (["--score", "fischer"], "score must be one of .* Did you mean 'fisher'"),
+        (["--budget", "local"], "budget must be"),
+        (["--method", "lora"], "not part of this version"),
+        (["--method", "ful"], "Did you mean 'full'"),
+        (["--densty", "0.1"], r"unknown option 'densty'\. Did you mean 'density'"),
+        (["--method", "full", "--density", "0.1"], "density would be ignored: remove it"),
+        (["--score", "gradient", "--calibration_learning_rate", "1e-3"], "calibration_learning_rate would be ignored"),
+        (["--score", "magnitude", "--calibration_steps", "9"], "calibration_steps would be ignored"),
+        (["--calibration_steps", "0"], "calibration_steps must be at least 1"),
+        (["--calibration_learning_rate", "-1"], "must be above 0"),
+        (["--save_strategy", "steps"], "save_strategy must be 'no'"),
+        (["--resume_from_checkpoint", "x"], "resume_from_checkpoint is not supported"),
+        (["--ticket_dtype", "int8"], "ticket_dtype must be"),
+        (["--mask", "nowhere"], "nowhere"),
+        (["--protect", "nowhere"], "nowhere"),
+        (["--deepspeed", "nowhere.json"], "existing deepspeed config"),
+    ],
+)
+def test_refusals(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checked(*argv)
+
+
+def test_a_model_is_needed() -> None:
+    args, config = parse([])
+    with pytest.raises(ValueError, match="model_name_or_path is missing"):
+        validate(args, config, argv=[])
+
+
+def test_other_stages_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    content = json.loads(DS_CONFIG_PATH.read_text(encoding="utf-8"))
+    content["zero_optimization"]["stage"] = 2
+    path = tmp_path / "zero2.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="stage must be 3, got 2.*shard_group_size: 1"):
+        checked("--deepspeed", str(path))
+
+
+def test_one_file_serves_every_method_and_the_command_line_wins(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("density: 0.2\nscore: fisher\ncalibration_steps: 3\nlearning_rate: 1.0e-2\n", encoding="utf-8")
+    args, config, notes = checked("--config", str(path), "--density", "0.3")
+    assert (args.density, args.score, config.learning_rate, notes) == (0.3, "fisher", 0.01, [])
+    args, _, notes = checked("--config", str(path), "--method", "full")
+    assert (args.density, args.score, args.calibration_steps) == (None, None, None)
+    assert notes == [
+        "method: full trains every weight; not used from the config file: density, score, calibration_steps"
+    ]
+    path.write_text("densty: 0.2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="Did you mean 'density'"):
+        checked("--config", str(path))
+
+
+def test_mask_skips_calibration_and_has_none_to_calibrate(tmp_path: Path) -> None:
+    Mask.from_dense({"w": torch.tensor([[True, False]])}).save(tmp_path / "mask")
+    args, _, _ = checked("--mask", str(tmp_path / "mask"))
+    assert (args.density, args.score) == (None, None)
+    with pytest.raises(ValueError, match="density would be ignored"):
+        checked("--mask", str(tmp_path / "mask"), "--density", "0.1")
+    with pytest.raises(ValueError, match="nothing to calibrate"):
+        checked("--mask", str(tmp_path / "mask"), mask_only=True)
+    with pytest.raises(ValueError, match="no mask to calibrate"):
+        checked("--method", "full", mask_only=True)
+
+
+def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
+    args, config, _ = checked("--learning_rate", "1e-2", "--output_dir", str(tmp_path / "run"))
+    RunFolder(tmp_path / "run").write_config(args, config)
+    with pytest.raises(ValueError, match=r"already holds a run \(config.yaml\)"):
+        RunFolder(tmp_path / "run")
+
+
+def test_the_resolved_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
+    argv = ["--learning_rate", "1e-2", "--density", "0.05", "--max_steps", "7", "--include", "mlp", "--seed", "3"]
+    args, config, _ = checked(*argv, "--output_dir", str(tmp_path / "run"))
+    RunFolder(tmp_path / "run").write_config(args, config)
+    words = ["--config", str(tmp_path / "run" / "config.yaml")]
+    again, config_again = parse(words)
+    validate(again, config_again, argv=words)
+    assert again == args
+    for name in ("learning_rate", "max_steps", "seed", "output_dir", "weight_decay", "max_grad_norm", "bf16"):
+        assert getattr(config_again, name) == getattr(config, name), name
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_configs_are_accepted(path: Path) -> None:
+    words = ["--config", str(path), "--output_dir", "runs/x"]
+    args, config = parse(words)
+    args.model_name_or_path = args.model_name_or_path or "base"
+    assert validate(args, config, argv=words) == []

@@ -1,0 +1,159 @@
+"""Applying assigns exactly the ticket's values, reverting restores every bit, and a wrong base is refused untouched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lota.apply import apply_, apply_to_checkpoint
+from lota.ticket import BaseTensor, Mask, Ticket, fingerprint, to_hex
+
+SHAPES = {"first.weight": (7, 5), "second.weight": (3, 7)}
+
+
+class Model(nn.Module):
+    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = nn.Linear(5, 7, dtype=dtype)
+        self.second = nn.Linear(7, 3, dtype=dtype)
+
+
+def identity_of(tensor: Tensor) -> BaseTensor:
+    return BaseTensor(str(tensor.dtype).removeprefix("torch."), to_hex(fingerprint(tensor.detach().flatten())))
+
+
+def make_ticket(model: nn.Module, seed: int = 1, dtype: torch.dtype | None = None, keep: float = 0.4) -> Ticket:
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: param.detach() for name, param in model.named_parameters() if name in SHAPES}
+    mask = Mask.from_dense(
+        {name: torch.rand(shape, generator=generator) < keep for name, shape in SHAPES.items()},
+        base={name: identity_of(weight) for name, weight in weights.items()},
+    )
+    values = {
+        name: torch.randn(mask.active(name), generator=generator).to(dtype or weights[name].dtype) for name in SHAPES
+    }
+    return Ticket(mask, values, {name: weights[name].flatten()[mask.indices(name)] for name in SHAPES}, {})
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_active_entries_get_the_values_and_revert_restores_all_bits(dtype: torch.dtype) -> None:
+    model = Model(dtype)
+    with torch.no_grad():
+        model.first.weight.view(-1)[:2] = torch.tensor([-0.0, float("nan")])  # bits that arithmetic would not restore
+    before, ticket = state(model), make_ticket(model)
+    applied = apply_(model, ticket)
+    for name, tensor in model.state_dict().items():
+        expected = before[name].clone()
+        if name in SHAPES:
+            expected[ticket.mask.dense(name)] = ticket.values(name)
+        assert torch.equal(tensor.view(torch.uint8), expected.view(torch.uint8)), name
+    applied.revert()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)), name
+    with pytest.raises(ValueError, match="reverted already"):
+        applied.revert()
+
+
+def test_fp32_values_are_rounded_to_the_weights() -> None:
+    model = Model(torch.bfloat16)
+    ticket = make_ticket(model, dtype=torch.float32)
+    apply_(model, ticket)
+    got = model.first.weight.detach()[ticket.mask.dense("first.weight")]
+    assert torch.equal(got, ticket.values("first.weight").bfloat16())
+
+
+def test_a_wrong_base_is_refused_before_anything_is_written() -> None:
+    ticket = make_ticket(Model(torch.bfloat16))
+    other = Model(torch.bfloat16)
+    with torch.no_grad():
+        other.second.weight[0, 0] += 1  # the first tensor still is the base's
+    before = state(other)
+    with pytest.raises(ValueError, match=r"second\.weight.*fingerprint"):
+        apply_(other, ticket)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    with pytest.raises(ValueError, match="bfloat16, got"):
+        apply_(Model(torch.float32), ticket)
+    with pytest.raises(ValueError, match=r"first\.weight, which the model does not have"):
+        apply_(nn.Linear(2, 2), ticket)
+    apply_(Model(torch.bfloat16), ticket)
+    twice = Model(torch.bfloat16)
+    apply_(twice, ticket)
+    with pytest.raises(ValueError, match="already changed"):
+        apply_(twice, ticket)
+
+
+def save_checkpoint(model: nn.Module, path: Path) -> None:
+    """Two weight files, as larger models have."""
+    path.mkdir()
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(
+        {n: t for n, t in tensors.items() if "first" in n}, path / "model-00001-of-00002.safetensors", {"format": "pt"}
+    )
+    save_file({n: t for n, t in tensors.items() if "second" in n}, path / "model-00002-of-00002.safetensors")
+    (path / "config.json").write_text(json.dumps({"dtype": "float32", "hidden": 5}), encoding="utf-8")
+    (path / "pytorch_model.bin").write_bytes(b"another format of the same weights would be stale")
+
+
+def load_checkpoint(path: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_checkpoint_equals_the_live_model(tmp_path: Path) -> None:
+    model = Model(torch.bfloat16)
+    save_checkpoint(model, tmp_path / "base")
+    ticket = make_ticket(model)
+    apply_to_checkpoint(tmp_path / "base", [ticket], tmp_path / "out")
+    apply_(model, ticket)
+    written = load_checkpoint(tmp_path / "out")
+    assert set(written) == set(model.state_dict())
+    assert all(torch.equal(tensor, written[name]) for name, tensor in model.state_dict().items())
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_checkpoint_is_cast_first_where_the_ticket_was_trained_on_a_cast_base(tmp_path: Path) -> None:
+    save_checkpoint(Model(torch.float32), tmp_path / "base")
+    cast = Model(torch.float32).bfloat16()
+    ticket = make_ticket(cast)
+    with pytest.raises(ValueError, match="bfloat16, got"):
+        apply_to_checkpoint(tmp_path / "base", [ticket], tmp_path / "out")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["base"]
+    apply_to_checkpoint(tmp_path / "base", [ticket], tmp_path / "out", dtype=torch.bfloat16)
+    apply_(cast, ticket)
+    written = load_checkpoint(tmp_path / "out")
+    assert all(torch.equal(tensor, written[name]) for name, tensor in cast.state_dict().items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8")) == {
+        "dtype": "bfloat16",
+        "hidden": 5,
+    }
+
+
+def test_checkpoint_refusals(tmp_path: Path) -> None:
+    model = Model(torch.bfloat16)
+    save_checkpoint(model, tmp_path / "base")
+    ticket = make_ticket(model)
+    with pytest.raises(ValueError, match="exists already"):
+        apply_to_checkpoint(tmp_path / "base", [ticket], tmp_path / "base")
+    with pytest.raises(ValueError, match=r"share \d+ entries"):
+        apply_to_checkpoint(tmp_path / "base", [ticket, ticket], tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no \.safetensors file"):
+        apply_to_checkpoint(tmp_path / "empty", [ticket], tmp_path / "out")
+    (tmp_path / "base" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"second\.weight"):
+        apply_to_checkpoint(tmp_path / "base", [ticket], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
