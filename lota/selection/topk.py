@@ -20,6 +20,7 @@ from lota.selection.ranks import Ranks
 
 LOW_BITS = 16
 NUM_HIGH_BINS = 1 << 15
+LOW_MASK = (1 << LOW_BITS) - 1
 KEY_MASK = 0x7FFFFFFF
 INFINITY_KEY = 0x7F800000
 PROTECTED_KEY = -1
@@ -53,7 +54,7 @@ class Piece:
     def split(self, num_parts: int) -> list[Piece]:
         """The piece in at most `num_parts` parts of equal length, the last one shorter."""
         numel = self.scores.numel()
-        length = -(-numel // max(1, num_parts) // 8) * 8 + 8
+        length = max(1, -(-numel // (32 * max(1, num_parts)))) * 32
         return [
             replace(
                 self,
@@ -131,9 +132,7 @@ def count_low(piece: Piece, bin_high: int) -> Tensor:
     """int64 counts of the lower bits of the keys whose upper bits are `bin_high`, on the scores' device."""
     counts = torch.zeros(1 << LOW_BITS, dtype=torch.int64, device=piece.scores.device)
     for _, keys in piece.chunks():
-        inside = (keys & ~((1 << LOW_BITS) - 1)) == bin_high << LOW_BITS
-        low = _pick(keys, inside) & ((1 << LOW_BITS) - 1)
-        counts += torch.bincount(low, minlength=1 << LOW_BITS)
+        counts += torch.bincount(_lower_bits(keys, bin_high), minlength=1 << LOW_BITS)
     return counts
 
 
@@ -141,8 +140,10 @@ def chosen_positions(piece: Piece, cut: Cut, seed: int) -> Tensor:
     """Ascending int64 flat positions inside the tensor of what `cut` takes from this piece, on the scores' device."""
     found = []
     for offset, keys in piece.chunks():
-        local = (keys >= cut.key).nonzero()[:, 0]
-        if cut.last_hash is not None:
+        if cut.last_hash is None:
+            local = keys.ge_(cut.key).nonzero()[:, 0]  # in place: int32 compares several times faster than to bool
+        else:
+            local = (keys >= cut.key).nonzero()[:, 0]
             tied = keys[local] == cut.key
             keep = ~tied
             keep[tied] = tie_hash(local[tied] + (piece.model_start + offset), seed) <= cut.last_hash
@@ -183,12 +184,16 @@ def _tied_hashes(walk: Walk, key: int, seed: int) -> Iterator[Tensor]:
                 yield tie_hash(local + (piece.model_start + offset), seed)
 
 
-def _pick(keys: Tensor, flags: Tensor) -> Tensor:
-    """keys[flags]; few are set, so eight flags are looked at together: four times as fast as one by one."""
-    if keys.numel() % 8:
-        return keys[flags]
-    rows = flags.view(torch.int64).nonzero()[:, 0]
-    return keys.view(-1, 8)[rows].view(-1)[flags.view(-1, 8)[rows].view(-1)]
+def _lower_bits(keys: Tensor, bin_high: int) -> Tensor:
+    """The lower bits of the keys whose upper bits are `bin_high`.
+
+    Few are, so rows of 32 are looked at together, and only rows that hold one are looked at closely. Comparing in
+    place keeps int32, which is several times faster than a comparison that makes bool.
+    """
+    if keys.numel() % 32 == 0:
+        is_inside = (keys & ~LOW_MASK).eq_(bin_high << LOW_BITS).view(-1, 32)
+        keys = keys.view(-1, 32)[is_inside.amax(1).nonzero()[:, 0]].view(-1)
+    return keys[keys >> LOW_BITS == bin_high] & LOW_MASK
 
 
 def _descend(counts: Tensor, k: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from lota.selection import select, topk, workers
 from tests.selection.oracle import chosen, pieces_of, positions_of
 
-SHAPES = {"one": (1,), "matrix": (13, 17), "none": (0, 4), "experts": (3, 5, 7), "odd": (31, 3)}
+SHAPES = {"one": (1,), "matrix": (16, 14), "none": (0, 4), "experts": (3, 5, 7), "odd": (31, 3)}
 
 
 def _normal(shape, generator):
@@ -71,8 +71,8 @@ def test_equals_a_sort(chunking, kind, density, budget):
     assert positions_of(selection.mask) == expected
     magnitudes = torch.cat([scores[name].flatten()[expected[name]].abs() for name in scores])
     assert selection.num_active == magnitudes.numel() == sum(selection.per_tensor.values())
-    assert selection.eligible == 420
-    assert selection.density == selection.num_active / 420
+    assert selection.eligible == 423
+    assert selection.density == selection.num_active / 423
     assert selection.threshold == magnitudes.min()
     assert selection.num_zero_scored == int((magnitudes == 0).sum())
     assert selection.mask.shape("experts") == (3, 5, 7)
@@ -83,6 +83,15 @@ def test_other_dtypes_rank_as_fp32(dtype):
     scores = _scores(_normal, dtype=dtype)
     pieces, shapes = pieces_of(scores)
     assert positions_of(select(pieces, shapes, density=0.3).mask) == chosen(scores, 0.3)
+
+
+@pytest.mark.parametrize("numel", [3 * (1 << 18), (1 << 19) + 1])
+@pytest.mark.parametrize("density", [0.013, 0.5])
+def test_several_full_chunks_equal_torch_topk(numel, density):
+    scores = torch.randperm(numel, generator=torch.Generator().manual_seed(0)).float() - 1000
+    mask = select(lambda: [("w", 0, scores)], {"w": (numel,)}, density=density).mask
+    expected = torch.topk(scores.abs(), round(density * numel)).indices.sort().values
+    assert torch.equal(mask.indices("w"), expected)
 
 
 def test_scores_that_need_grad_or_stride_are_read_as_they_are():
