@@ -182,8 +182,11 @@ class GradientReducer:
     def _retire_ready(self) -> None:
         """Move buckets on without waiting for other ranks, except for older ones and then only for `PATIENCE`."""
         for position, flight in enumerate(self._flights):
-            if flight.sent is not None and self._is_done(flight):
-                self._flights[position] = self._sum_over_ranks(flight)
+            if flight.sent is None:
+                continue
+            if not self._is_done(flight):
+                break  # the second leg starts in the order of the first on every rank
+            self._flights[position] = self._sum_over_ranks(flight)
         while self._flights and self._flights[0].sent is None and self._is_done(self._flights[0]):
             self._retire(self._flights.popleft())
 

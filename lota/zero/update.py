@@ -38,7 +38,9 @@ class AdamW:
         self.steps: dict[int, Tensor] = {}
 
     def __call__(self, state: CompactState, settings: dict[str, Any], scale: Tensor, skip: Tensor) -> None:
-        step = self.steps.setdefault(id(state), torch.zeros((), dtype=torch.float64, device=state.master.device))
+        if id(state) not in self.steps:
+            self.steps[id(state)] = torch.zeros((), dtype=torch.float64, device=state.master.device)
+        step = self.steps[id(state)]
         step.add_(1 - skip.double())
         beta1, beta2 = settings["betas"]
         scalars = adamw_scalars(
