@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lota.selection import Selection, eligible, select, validate_budget, validate_density
+from lota.selection import Selection, check, eligible, select, validate_budget, validate_density
 from lota.ticket import Mask, Ticket
 from lota.zero.calibration_run import CalibrationRun
 from lota.zero.engine import substituted
@@ -91,7 +91,11 @@ def calibration_zero3(
     validate_density(density)
     validate_budget(budget)
     masks = [_as_mask(item) for item in protect]
-    run = CalibrationRun(score, lambda shapes: eligible(shapes, include, exclude))
+    run = CalibrationRun(
+        score,
+        lambda shapes: eligible(shapes, include, exclude),
+        lambda shapes, base: check(shapes, density=density, budget=budget, protect=masks, base=base),
+    )
     with _block(run):
         yield Calibration(run, density, budget, masks, seed)
 

@@ -2,6 +2,6 @@
 
 from lota.selection.budget import validate_budget, validate_density
 from lota.selection.eligible import eligible
-from lota.selection.select import Selection, select
+from lota.selection.select import Selection, check, select
 
-__all__ = ["Selection", "eligible", "select", "validate_budget", "validate_density"]
+__all__ = ["Selection", "check", "eligible", "select", "validate_budget", "validate_density"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -86,19 +87,9 @@ def select(
     a budget that does not fit beside the protected entries (says how many are left and which density fits).
     """
     density, budget, seed = validate_density(density), validate_budget(budget), _validate_seed(seed)
-    if not shapes:
-        raise ValueError("expected at least one eligible tensor in `shapes`, got none.")
-    if base is not None and (missing := [name for name in shapes if name not in base]):
-        raise ValueError(f"base must identify every eligible tensor, got none for {missing[0]} ({len(missing)} lack).")
-    full = {name: tuple(int(size) for size in shape) for name, shape in shapes.items()}
-    protection = Protection(protect, full, base)
+    full, protection, budgets = _plan(shapes, density, budget, protect, base)
     with Workers() as workers:
         reader = PieceReader(pieces, full, protection, workers)
-        num_free = {name: protection.num_free(name) for name in full}
-        if budget == "global":
-            budgets = {"": count_global(density, reader.eligible, sum(num_free.values()))}
-        else:
-            budgets = count_per_tensor(density, reader.numel, num_free)
         asked = sum(budgets.values())
         ranks = Ranks(group)
         told = _fingerprint(full, density, budget, seed, protect, ranks)
@@ -118,6 +109,39 @@ def select(
         num_tied=sum(cut.num_tied for cut in chooser.cuts if cut.last_hash is not None),
         num_zero_scored=sum(cut.num_taken for cut in chooser.cuts if cut.key == 0),
     )
+
+
+def check(
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    density: float,
+    budget: str = "global",
+    protect: Sequence[Mask] = (),
+    base: Mapping[str, BaseTensor] | None = None,
+) -> None:
+    """Raise what `select` would raise before it looks at a score, so that a run can ask before it trains. Local."""
+    _plan(shapes, validate_density(density), validate_budget(budget), protect, base)
+
+
+def _plan(
+    shapes: Mapping[str, Sequence[int]],
+    density: float,
+    budget: str,
+    protect: Sequence[Mask],
+    base: Mapping[str, BaseTensor] | None,
+) -> tuple[dict[str, tuple[int, ...]], Protection, dict[str, int]]:
+    """Full shapes, the protected entries, and how many entries to choose: per tensor, or under "" for all together."""
+    if not shapes:
+        raise ValueError("expected at least one eligible tensor in `shapes`, got none.")
+    if base is not None and (missing := [name for name in shapes if name not in base]):
+        raise ValueError(f"base must identify every eligible tensor, got none for {missing[0]} ({len(missing)} lack).")
+    full = {name: tuple(int(size) for size in shape) for name, shape in shapes.items()}
+    numels = {name: math.prod(shape) for name, shape in full.items()}
+    protection = Protection(protect, full, base)
+    num_free = {name: protection.num_free(name) for name in full}
+    if budget == "global":
+        return full, protection, {"": count_global(density, sum(numels.values()), sum(num_free.values()))}
+    return full, protection, count_per_tensor(density, numels, num_free)
 
 
 class _Chooser:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lota.ticket import BaseTensor
 from lota.zero import engine as engines
 from lota.zero.frozen import Freeze
 from lota.zero.groups import make_groups
@@ -17,13 +18,22 @@ from lota.zero.scores import GRADIENT_SCORES, GradientScores, Piece, TaskVectorS
 
 
 class CalibrationRun(BlockRun):
-    """Scores of the eligible tensors. eligible: full shapes by name -> names in order."""
+    """Scores of the eligible tensors.
+
+    eligible: full shapes by name -> names in order. check(shapes, base): raises where selection could not work on these
+    tensors; asked before anything is built (base None) and again when the base's fingerprints are known.
+    """
 
     is_sparse = False
 
-    def __init__(self, score: str, eligible: Callable[[Mapping[str, tuple[int, ...]]], Sequence[str]]) -> None:
+    def __init__(
+        self,
+        score: str,
+        eligible: Callable[[Mapping[str, tuple[int, ...]]], Sequence[str]],
+        check: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, BaseTensor] | None], None],
+    ) -> None:
         super().__init__()
-        self.score, self._eligible = score, eligible
+        self.score, self._eligible, self._check = score, eligible, check
         self.optimizer_class = None if score == "task_vector" else engines.CompactOptimizer
         self.names: tuple[str, ...] = ()
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -36,6 +46,7 @@ class CalibrationRun(BlockRun):
         trainable = {name for name, param in model.named_parameters() if param.requires_grad}
         self.names = tuple(self._eligible({name: shape for name, shape in shapes.items() if name in trainable}))
         self.shapes = {name: shapes[name] for name in self.names}
+        self._check(self.shapes, None)
         self._freeze = Freeze(model, set(self.names))
         self._groups = make_groups(dist.get_world_size())
 
@@ -68,6 +79,7 @@ class CalibrationRun(BlockRun):
     def built(self, engine: Any) -> None:
         super().built(engine)
         self.base = self._fingerprints(engine.module)
+        self._check(self.shapes, {name: self.base[name] for name in self.names})
         if self.score == "task_vector":
             self.core = TaskVectorScores(self._pieces(engine.module), engines.master_of(engine))
 

@@ -230,3 +230,34 @@ def test_sparse_options(options, message):
     mask = lota.Mask.from_dense(cases.make_masks())
     with pytest.raises(ValueError, match=message), lota.sparse_zero3(mask, **options):
         pass
+
+
+def _protecting(masks: dict[str, torch.Tensor], options: dict[str, Any], other_base: bool) -> None:
+    import deepspeed
+
+    from lota.ticket import BaseTensor
+
+    model = cases.make_model()
+    mask = lota.Mask.from_dense(masks)
+    if other_base:
+        mask = mask.with_base({name: BaseTensor("float32", "0" * 16) for name in mask.names})
+    with lota.calibration_zero3(score="gradient", protect=[mask], include=["*blocks*"], **options):
+        deepspeed.initialize(model=model, optimizer=cases.default_optimizer(model), config=cases.config(1, 2))
+        raise AssertionError("refused too late")
+
+
+def test_protected_tickets_are_checked_before_training(ranks):
+    masks = cases.make_masks()
+    all_but_five = {name: torch.ones_like(mask) for name, mask in masks.items()}
+    next(iter(all_but_five.values())).view(-1)[:5] = False
+    tries = [
+        (masks | {"blocks.0.up.weight": masks["blocks.0.up.weight"][:3]}, {"density": 0.1}, False, r"shape"),
+        (masks, {"density": 0.1}, True, r"base"),
+        (all_but_five, {"density": 0.1}, False, r"leave only 149\..*largest density"),
+        (all_but_five, {"density": 0.1, "budget": "per_tensor"}, False, r"leave only"),
+        (masks, {"density": 1e-9}, False, r"rounds to none"),
+    ]
+    for given, options, other_base, message in tries:
+        for outcome in ranks(2).outcomes(_protecting, given, options, other_base):
+            assert outcome.error_type == "ValueError", (message, outcome.error)
+            assert _search(message, outcome.error), (message, outcome.error)
