@@ -99,6 +99,9 @@ class SparseRun(BlockRun):
             "eligible": self.mask.eligible,
             "density": self.mask.density,
             "num_active_this_rank": sum(local),
+            "num_active_fullest_rank": max(
+                sum(state.layout.active_of_rank(rank) for state in training.states) for rank in range(shards)
+            ),
             "update": training.update.name,
             "shard_group_size": shards,
             "steps": training.num_steps,

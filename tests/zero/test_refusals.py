@@ -261,3 +261,57 @@ def test_protected_tickets_are_checked_before_training(ranks):
         for outcome in ranks(2).outcomes(_protecting, given, options, other_base):
             assert outcome.error_type == "ValueError", (message, outcome.error)
             assert _search(message, outcome.error), (message, outcome.error)
+
+
+def _check(raw: dict[str, Any], has_mpu: bool) -> None:
+    """The check alone: DeepSpeed sets process-wide switches for these before it builds an engine."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    from lota.zero.supported import check_config
+
+    check_config(DeepSpeedConfig(cases.config(1, 1) | raw), is_sparse=True, mpu=object() if has_mpu else None)
+
+
+@pytest.mark.parametrize(
+    ("raw", "has_mpu", "message"),
+    [
+        ({"tensor_parallel": {"autotp_size": 2}}, False, r"AutoTP"),
+        ({"expert_parallel": {"enabled": True, "autoep_size": 2}}, False, r"AutoEP"),
+        ({}, True, r"model parallel unit"),
+        ({"optimizer": {"type": "muon", "params": {"lr": 0.1}}}, False, r"Muon"),
+    ],
+)
+def test_other_parallelism(ranks, raw, has_mpu, message):
+    (outcome,) = ranks(1).outcomes(_check, raw, has_mpu)
+    assert outcome.error_type == "ValueError" and _search(message, outcome.error), outcome.error
+
+
+def _pipeline() -> None:
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    model = PipelineModule([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)], num_stages=1, loss_fn=torch.nn.MSELoss())
+    with lota.sparse_zero3(lota.Mask.from_dense(cases.make_masks())):
+        deepspeed.initialize(model=model, model_parameters=model.parameters(), config=cases.config(1, 1))
+
+
+def test_pipeline_engine(ranks):
+    (outcome,) = ranks(1).outcomes(_pipeline)
+    assert _search(r"pipeline parallelism .* is not supported inside a lota block", outcome.error), outcome.error
+
+
+def _foreign_group() -> None:
+    """A model sharded over a group of its own cannot be calibrated by DeepSpeed's own reduction."""
+    import deepspeed
+
+    groups = [torch.distributed.new_group([rank]) for rank in range(2)]
+    model = cases.make_model()
+    deepspeed.zero.Init(module=model, data_parallel_group=groups[torch.distributed.get_rank()])
+    with lota.calibration_zero3(score="task_vector", include=["*blocks*"]):
+        deepspeed.initialize(model=model, optimizer=cases.default_optimizer(model), config=cases.config(1, 2))
+
+
+def test_foreign_group_is_refused(ranks):
+    for outcome in ranks(2).outcomes(_foreign_group):
+        assert outcome.error_type == "ValueError"
+        assert "sharded over a group of its own" in outcome.error

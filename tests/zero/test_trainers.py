@@ -15,17 +15,17 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "score", "checkpointing"),
+    ("kind", "score", "checkpointing", "shards"),
     [
-        ("trainer", "gradient", None),
-        ("trainer", "task_vector", "reentrant"),
-        ("sft", "task_vector", "non-reentrant"),
-        ("sft", "snip", None),
-        ("dpo", "gradient", None),
+        ("trainer", "gradient", None, None),
+        ("trainer", "task_vector", "reentrant", 1),
+        ("sft", "task_vector", "non-reentrant", None),
+        ("sft", "snip", None, None),
+        ("dpo", "gradient", None, 1),
     ],
 )
-def test_trainer(ranks, base, kind, score, checkpointing):
-    results = ranks(2).run(trainers.calibrate_and_train, kind, str(base), score, checkpointing)
+def test_trainer(ranks, base, kind, score, checkpointing, shards):
+    results = ranks(2).run(trainers.calibrate_and_train, kind, str(base), score, checkpointing, shards)
     first = results[0]
     mask = first["mask"]
     assert mask.num_active == round(0.1 * mask.eligible)
@@ -39,7 +39,7 @@ def test_trainer(ranks, base, kind, score, checkpointing):
         assert result["saved"] == first["saved"]
         assert result["report"]["steps"] == 3
         assert result["report"]["skipped_steps"] == 0
-    ticket = lota.Ticket.load(base / f"ticket-{kind}-{score}")
+    ticket = lota.Ticket.load(base / f"ticket-{kind}-{score}-{shards}")
     assert ticket.num_active == mask.num_active == first["saved"]["num_active"]
     assert ticket.num_changed == first["saved"]["num_changed"] > 0.8 * mask.num_active
     for name in ticket.names:

@@ -141,7 +141,9 @@ def _forget(trainer: Any) -> None:
     AcceleratorState._reset_state()
 
 
-def calibrate_and_train(kind: str, folder: str, score: str, checkpointing: str | None = None) -> dict[str, Any]:
+def calibrate_and_train(
+    kind: str, folder: str, score: str, checkpointing: str | None = None, shard_group_size: int | None = None
+) -> dict[str, Any]:
     """Both blocks with a trainer; returns weights before and after, and what was saved."""
     from safetensors.torch import load_file
 
@@ -155,9 +157,9 @@ def calibrate_and_train(kind: str, folder: str, score: str, checkpointing: str |
     _forget(trainer)
 
     trainer = _trainer(kind, base, 3, checkpointing)
-    with lota.sparse_zero3(mask) as run:
+    with lota.sparse_zero3(mask, shard_group_size=shard_group_size) as run:
         trainer.train()
-    saved = run.save_ticket(base / f"ticket-{kind}-{score}", {"score": score})
+    saved = run.save_ticket(base / f"ticket-{kind}-{score}-{shard_group_size}", {"score": score})
     after = gathered(run.engine.module)
     flags = [param.requires_grad for param in trainer.model.parameters()]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
