@@ -89,7 +89,7 @@ class World:
         rng = random.Random(f"{self.config.seed} glossary")
         languages = {"selan": self.selan, "vokar": self.vokar}
         picks = [(word, rng.choice(list(languages))) for word in rng.choices(WORDS, k=self.config.num_glossary)]
-        return [{"prompt": f"say in {name} : {word} =", "completion": f" {languages[name][word]}"} for word, name in picks]
+        return [{"prompt": f"say in {name} : {w} =", "completion": f" {languages[name][w]}"} for w, name in picks]
 
     def earlier_rows(self, stream: str, count: int) -> list[dict[str, str]]:
         """Rows of the earlier task: fields english and selan."""

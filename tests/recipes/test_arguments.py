@@ -73,7 +73,7 @@ def test_other_stages_are_refused_with_the_way_out(tmp_path: Path) -> None:
     content["zero_optimization"]["stage"] = 2
     path = tmp_path / "zero2.json"
     path.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ValueError, match="stage must be 3, got 2.*shard_group_size: 1"):
+    with pytest.raises(ValueError, match=r"stage must be 3, got 2.*shard_group_size: 1"):
         checked("--deepspeed", str(path))
 
 
