@@ -72,7 +72,12 @@ class RankPool:
         return all(process.is_alive() for process in self._processes)
 
     def close(self) -> None:
+        """End the ranks: those that listen are asked to, the others are killed."""
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            if process.is_alive():
+                pipe.send(None)
         for process in self._processes:
+            process.join(5)
             process.kill()
             process.join()
 
@@ -99,8 +104,12 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     pipe.send(Outcome())
     while True:
-        function, args = pipe.recv()
+        task = pipe.recv()
+        if task is None:
+            break
+        function, args = task
         try:
             pipe.send(Outcome(value=function(*args)))
         except Exception as error:  # noqa: BLE001 - reported to the test, which decides
             pipe.send(Outcome(error=traceback.format_exc(), error_type=type(error).__name__))
+    torch.distributed.destroy_process_group()
