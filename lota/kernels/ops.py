@@ -162,6 +162,7 @@ def adamw_scalars(
     scale, skip: device scalars (gradient factor; nonzero = leave everything). step: float64 device scalar, the number
     of this step counted from 1.
     """
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     step_size = lr / (1 - torch.pow(beta1, step))
     decay = torch.ones_like(step) - lr * weight_decay
     values = (scale.double(), decay, step_size, (1 - torch.pow(beta2, step)).sqrt(), skip.double())
@@ -170,6 +171,7 @@ def adamw_scalars(
 
 def rmsprop_scalars(scale: Tensor, skip: Tensor, *, lr: float | Tensor, weight_decay: float) -> Tensor:
     """The fp32 `[4]` scalars of `rmsprop_`; see `adamw_scalars`."""
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     one = torch.ones_like(scale, dtype=torch.float64)
     return torch.stack((scale.double(), one * weight_decay, one * lr, skip.double())).float()
 

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from lota.kernels.index import TileIndex
 
-CHUNK = 1 << 16
+CPU_CHUNK, DEVICE_CHUNK = 1 << 16, 1 << 22
 
 
-def _chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    for first in range(start, stop, CHUNK):
-        yield first, min(first + CHUNK, stop)
+def _chunks(start: int, stop: int, like: Tensor) -> Iterator[tuple[int, int]]:
+    """Ranges that stay in a CPU's cache, or that keep an accelerator busy."""
+    size = CPU_CHUNK if like.device.type == "cpu" else DEVICE_CHUNK
+    for first in range(start, stop, size):
+        yield first, min(first + size, stop)
 
 
 def _sqrt(x: Tensor) -> Tensor:
@@ -30,7 +32,7 @@ def _sqrt(x: Tensor) -> Tensor:
 def gather(
     out: Tensor, source: Tensor, index: TileIndex, scale: Tensor | None, start: int, stop: int, origin: int
 ) -> None:
-    for first, last in _chunks(start, stop):
+    for first, last in _chunks(start, stop, source):
         values = source.index_select(0, index.positions(first, last).sub_(origin))
         out[first - start : last - start] = values if scale is None else values.float() * scale
 
@@ -38,7 +40,7 @@ def gather(
 def gather_add_(
     out: Tensor, source: Tensor, index: TileIndex, scale: Tensor | None, start: int, stop: int, origin: int
 ) -> None:
-    for first, last in _chunks(start, stop):
+    for first, last in _chunks(start, stop, source):
         values = source.index_select(0, index.positions(first, last).sub_(origin)).float()
         values = values if scale is None else values * scale
         piece = out[first - start : last - start]
@@ -46,12 +48,12 @@ def gather_add_(
 
 
 def scatter_(target: Tensor, index: TileIndex, values: Tensor) -> None:
-    for first, last in _chunks(0, index.num_active):
+    for first, last in _chunks(0, index.num_active, index.base):
         target.index_copy_(0, index.positions(first, last), values[first:last].to(target.dtype))
 
 
 def exchange_(target: Tensor, index: TileIndex, values: Tensor) -> None:
-    for first, last in _chunks(0, index.num_active):
+    for first, last in _chunks(0, index.num_active, index.base):
         positions = index.positions(first, last)
         old = target.index_select(0, positions)
         target.index_copy_(0, positions, values[first:last])
@@ -59,7 +61,7 @@ def exchange_(target: Tensor, index: TileIndex, values: Tensor) -> None:
 
 
 def scatter_add_(target: Tensor, index: TileIndex, delta: Tensor, alpha: Tensor, saved: Tensor | None) -> None:
-    for first, last in _chunks(0, index.num_active):
+    for first, last in _chunks(0, index.num_active, index.base):
         positions = index.positions(first, last)
         old = target.index_select(0, positions)
         target.index_copy_(0, positions, (old.float() + delta[first:last].float() * alpha).to(target.dtype))
@@ -82,7 +84,7 @@ def adamw_(
 ) -> None:
     scale, decay, step_size, sqrt_bias_correction2, skip = scalars.unbind()
     skip = skip != 0
-    for first, last in _chunks(0, index.num_active):
+    for first, last in _chunks(0, index.num_active, index.base):
         positions = index.positions(first, last)
         g = _gradient_chunk(gradient, positions, first, last, compact).mul_(scale)
         w, m, v = master[first:last], exp_avg[first:last], exp_avg_sq[first:last]
@@ -106,7 +108,7 @@ def rmsprop_(
 ) -> None:
     scale, weight_decay, lr, skip = scalars.unbind()
     skip = skip != 0
-    for first, last in _chunks(0, index.num_active):
+    for first, last in _chunks(0, index.num_active, index.base):
         positions = index.positions(first, last)
         w, v = master[first:last], square_avg[first:last]
         g = _gradient_chunk(gradient, positions, first, last, compact).mul_(scale).add_(w * weight_decay)

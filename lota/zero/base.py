@@ -25,22 +25,22 @@ def dtype_name(dtype: torch.dtype) -> str:
 def fingerprints(
     partitions: Iterable[Any],
     *,
-    size_of: Any,
-    rank_of: Any,
+    size: int,
+    rank: int,
     group: Any,
     device: torch.device,
     correction: Mapping[str, int] | None = None,
 ) -> dict[str, BaseTensor]:
     """Base identity of every partition (see `engine.partitions`), the same on every rank. Collective over `group`.
 
-    size_of(partition), rank_of(partition): the ranks it is sharded over and this one's place. correction: added to a
-    tensor's partial, e.g. to put the base's values back in place of trained ones.
+    size, rank: how many ranks hold the model together and this one's place among them. correction: added to a tensor's
+    partial, e.g. to put the base's values back in place of trained ones.
     """
     names: list[str] = []
     dtypes: list[str] = []
     partials: list[int] = []
     for part in partitions:
-        start, stop = owned_range(part.numel, size_of(part), rank_of(part))
+        start, stop = owned_range(part.numel, size, rank)
         value = fingerprint(part.data[: stop - start], start) + (correction or {}).get(part.name, 0)
         names.append(part.name)
         dtypes.append(dtype_name(part.dtype))
@@ -52,6 +52,28 @@ def fingerprints(
         name: BaseTensor(dtype, f"{value % _MODULUS:016x}")
         for name, dtype, value in zip(names, dtypes, total.tolist(), strict=True)
     }
+
+
+def differing(
+    tensors: Mapping[str, BaseTensor], expected: Mapping[str, BaseTensor], group: Any, device: torch.device
+) -> list[str]:
+    """Names whose fingerprint is not the expected one on some rank of `group`; the same list on all of them."""
+    names = list(expected)
+    flags = torch.tensor([tensors[name] != expected[name] for name in names], dtype=torch.int32, device=device)
+    if group is not None:
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+    return [name for name, flag in zip(names, flags.tolist(), strict=True) if flag]
+
+
+def replicas_agree(tensors: Mapping[str, BaseTensor], group: Any, device: torch.device) -> bool:
+    """Whether all ranks of `group` see the same fingerprints."""
+    if group is None:
+        return True
+    values = torch.tensor([_signed(int(t.fingerprint, 16)) for t in tensors.values()], dtype=torch.int64, device=device)
+    low, high = values.clone(), values.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
+    return bool(torch.equal(low, high))
 
 
 def _signed(value: int) -> int:

@@ -37,7 +37,6 @@ class CalibrationRun(BlockRun):
         self.optimizer_class = None if score == "task_vector" else engines.CompactOptimizer
         self.names: tuple[str, ...] = ()
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.core: Any = None
 
     def prepare(self, model: torch.nn.Module, config: Any) -> None:
         self._claim()
@@ -62,6 +61,7 @@ class CalibrationRun(BlockRun):
         ]
 
     def build(self, optimizer: Any, engine: Any) -> Any:
+        self._check_optimizer_holds(self.names, optimizer, "calibration scores")
         pieces = self._pieces(engine.module)
         if self.score in GRADIENT_SCORES:
             self.core = GradientScores(
@@ -81,16 +81,13 @@ class CalibrationRun(BlockRun):
         self.base = self._fingerprints(engine.module)
         self._check(self.shapes, {name: self.base[name] for name in self.names})
         if self.score == "task_vector":
+            self._check_optimizer_holds(self.names, engine.optimizer, "calibration scores")
             self.core = TaskVectorScores(self._pieces(engine.module), engines.master_of(engine))
 
     def scores(self) -> Iterator[tuple[str, int, Tensor]]:
         """This rank's pieces: name, flat start, scores (fp32)."""
         self._need_engine("mask()")
         return self.core.scores()
-
-    def release(self) -> None:
-        """Drop scores and the engine."""
-        self.core = self.engine = None
 
     def report(self) -> dict[str, Any]:
         """What this rank holds, in bytes, and what was calibrated."""

@@ -46,38 +46,49 @@ def deliver(
     """Write the ticket from rank 0 and return its counts on every rank. Collective over the world.
 
     Only one tensor's values are gathered at a time. An error of the writer does not stop the gathering, which the other
-    ranks take part in; it is raised on every rank at the end.
+    ranks take part in; it is raised on every rank at the end, whatever it is: a rank that never heard would hang.
     """
     writer: TicketWriter | None = None
     error: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            writer = TicketWriter(path, mask, dict(provenance or {}), overwrite=overwrite)
-        except (ValueError, OSError) as caught:
+            writer = TicketWriter(path, mask, provenance or {}, overwrite=overwrite)
+        except Exception as caught:  # noqa: BLE001 (raised on every rank)
             error = caught
-    for name in mask.names:
-        values, base = _collect(training, mask, name, dtype, device)
+    _tell_all(error)
+    try:
+        for name in mask.names:
+            values, base = _collect(training, mask, name, dtype, device)
+            if writer is not None and error is None:
+                try:
+                    writer.add(name, values, base)
+                except Exception as caught:  # noqa: BLE001 (raised on every rank)
+                    error = caught
         if writer is not None and error is None:
             try:
-                writer.add(name, values, base)
-            except (ValueError, OSError) as caught:
-                error = caught
-    if writer is not None:
-        try:
-            if error is None:
                 writer.close()
-        except (ValueError, OSError) as caught:
-            error = caught
-        finally:
+            except Exception as caught:  # noqa: BLE001 (raised on every rank)
+                error = caught
+    finally:
+        if writer is not None:
             writer.abandon()
-    counts = {"num_active": mask.num_active}
-    if writer is not None:
-        counts |= {"num_changed": writer.num_changed or 0, "bytes": writer.num_bytes}
-    box: list[Any] = [error or counts]
+    _tell_all(error)
+    counts = [] if writer is None else [{"num_changed": writer.num_changed or 0, "bytes": writer.num_bytes}]
+    box: list[Any] = counts or [None]
     dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], Exception):
+    return {"num_active": mask.num_active} | box[0]
+
+
+def _tell_all(error: Exception | None) -> None:
+    """Raise rank 0's error, if there is one, on every rank."""
+    box: list[Any] = [None if error is None else (error if _can_travel(error) else RuntimeError(repr(error)))]
+    dist.broadcast_object_list(box, src=0)
+    if box[0] is not None:
         raise box[0]
-    return box[0]
+
+
+def _can_travel(error: Exception) -> bool:
+    return isinstance(error, (ValueError, TypeError, OSError)) and type(error).__module__ == "builtins"
 
 
 def _collect(

@@ -7,6 +7,7 @@ complete gradients, the ends of backwards and steps to `SparseTraining` or to sc
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -27,11 +28,16 @@ from lota.zero.supported import check_config, check_optimizer_class
 TESTED = "0.19"
 FIRST_TESTED = Version("0.19.8")
 
+_ENGINES: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[LotaEngine]] = weakref.WeakKeyDictionary()
+"""The engine that a lota block built on a model, whose hooks the model carries until the engine is destroyed."""
+
 
 class Run(Protocol):
     """What an engine asks of the run whose block it is built in."""
 
     is_sparse: bool
+    is_closed: bool
+    engine: Any
 
     def prepare(self, model: torch.nn.Module, engine_config: Any) -> None: ...
     def weight_group(self) -> Any: ...
@@ -99,12 +105,33 @@ class LotaEngine(DeepSpeedEngine):
         config, optimizer = kwargs["config_class"], kwargs.get("optimizer")
         self.is_lota = optimizer is not None or bool(config.optimizer_name)
         if self.is_lota:
-            check_config(config, is_sparse=self.run.is_sparse, mpu=kwargs.get("mpu"))
+            check_config(
+                config,
+                is_sparse=self.run.is_sparse,
+                is_compact=self.optimizer_class is not None,
+                mpu=kwargs.get("mpu"),
+            )
             check_optimizer_class(optimizer)
+            _check_unused(kwargs["model"])
             self.run.prepare(kwargs["model"], config)
         super().__init__(*args, **kwargs)
+        self._is_destroyed = False
         if self.is_lota:
             self.run.built(self)
+            _ENGINES[self.module] = weakref.ref(self)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        has_ended = self.is_lota and (self.run.is_closed or self.run.engine is not self)
+        if has_ended and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the lota block of this engine has ended, or its state was released: train inside the block, before "
+                "mask() or release(); to evaluate, call engine.eval() or use torch.no_grad()"
+            )
+        return super().forward(*inputs, **kwargs)
+
+    def destroy(self) -> None:
+        self._is_destroyed = True
+        super().destroy()
 
     def _configure_zero_optimizer(self, optimizer: Any) -> Any:
         if not self.is_lota:
@@ -161,6 +188,7 @@ class CompactOptimizer(DeepSpeedZeroOptimizer_Stage3):
 
     def __init__(self, *args: Any, lota_run: Run, lota_engine: Any, **kwargs: Any) -> None:
         self._lota_run, self._lota_engine = lota_run, lota_engine
+        self.core: Any = None
         super().__init__(*args, **kwargs)
 
     def _setup_for_real_optimizer(self) -> None:
@@ -174,6 +202,11 @@ class CompactOptimizer(DeepSpeedZeroOptimizer_Stage3):
             return
         gradient, param.grad = param.grad, None
         self.core.add_gradient(self.param_names[param], gradient)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self.core is not None:
+            self.core.discard_gradients()
 
     def independent_gradient_partition_epilogue(self) -> None:
         self.core.finish_backward(self.is_gradient_accumulation_boundary())
@@ -265,9 +298,6 @@ class SparseOptimizer(CompactOptimizer):
     def lota_step(self) -> tuple[Tensor, Tensor]:
         return self.core.step(self.optimizer.param_groups, self.clip_grad, self.loss_scale)
 
-    def has_overflow(self, partition_gradients: bool = True) -> bool:  # type: ignore[override]
-        return any(not bool(torch.isfinite(state.gradient).all()) for state in self.core.states)
-
     def get_local_fp32_param(self, param: Any, optim_state_key: str | None = None) -> Tensor | None:
         """This rank's fp32 piece: masters at active entries and the weights elsewhere; moments with zeros elsewhere."""
         if not param.requires_grad:
@@ -296,6 +326,17 @@ class SparseOptimizer(CompactOptimizer):
 
     def get_hp_param_device(self, param: Any, optim_state_key: str | None = None) -> torch.device | None:  # type: ignore[override]
         return self.core.slot(self.param_names[param])[0].master.device if param.requires_grad else None
+
+
+def _check_unused(model: torch.nn.Module) -> None:
+    """ValueError for a model that carries the hooks of an earlier block's engine."""
+    reference = _ENGINES.get(model)
+    earlier = reference() if reference is not None else None
+    if earlier is not None and not earlier._is_destroyed:
+        raise ValueError(
+            "this model still belongs to the engine of an earlier lota block: call engine.destroy() on that one first, "
+            "or load the model again"
+        )
 
 
 def trainable_groups(optimizer: Any) -> list[TensorGroup]:

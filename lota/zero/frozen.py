@@ -22,7 +22,12 @@ class Freeze:
             model, "_require_grads_hooks", None
         )
         if self._has_hook:
-            self._model.enable_input_require_grads()
+            try:
+                self._model.enable_input_require_grads()
+            except BaseException:
+                self._has_hook = False
+                self.restore()
+                raise
 
     def restore(self) -> None:
         for param in self._frozen:

@@ -16,6 +16,13 @@ class BlockGroups:
     weights: dist.ProcessGroup | None
     reduction: ReductionGroups
 
+    def destroy(self) -> None:
+        """Give up the groups that carried gradients; the weights stay sharded over theirs. Collective."""
+        reduction = self.reduction
+        for group in dict.fromkeys((reduction.shard, reduction.replica, reduction.world)):
+            if group is not None:
+                dist.destroy_process_group(group)
+
 
 def check_shard_group_size(shard_group_size: int | None, world_size: int) -> int:
     """The size to use (None: the world); ValueError where groups of that size do not divide the ranks."""
@@ -41,10 +48,12 @@ def make_groups(shard_size: int) -> BlockGroups:
     shards = [list(range(first, first + shard_size)) for first in range(0, world_size, shard_size)]
     replicas = [list(range(first, world_size, shard_size)) for first in range(shard_size)]
     weights = _own_group(shards) if shard_size < world_size else None
+    shard = _own_group(shards) if shard_size > 1 else None
+    everyone = _own_group([list(range(world_size))]) if 1 < world_size != shard_size else shard
     reduction = ReductionGroups(
-        shard=_own_group(shards) if shard_size > 1 else None,
+        shard=shard,
         replica=_own_group(replicas) if shard_size < world_size else None,
-        world=_own_group([list(range(world_size))]) if world_size > 1 else None,
+        world=everyone,
         shard_size=shard_size,
         world_size=world_size,
         shard_rank=rank % shard_size,

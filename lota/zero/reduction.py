@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PATIENCE = 0.2
+PATIENCE = 2.0
 _IN_FLIGHT = 2
 
 
@@ -92,9 +92,15 @@ class GradientReducer:
         self.bytes_sent = 0
 
     @property
-    def bucket_bytes(self) -> int:
-        """Size of the largest bucket in fp32."""
-        return 4 * max((bucket.numel for bucket in self._buckets), default=0)
+    def buffer_bytes(self) -> int:
+        """Most bytes of fp32 buffers in an ordinary backward: buckets being filled, packed, sent and received."""
+        largest = max((bucket.numel for bucket in self._buckets), default=0)
+        if self.once_per_step:
+            filling = sum(bucket.numel for bucket in self._buckets)
+        else:
+            filling = largest
+        on_their_way = 0 if self.groups.shard is None else (_IN_FLIGHT + 1) * 2 * largest
+        return 4 * (filling + on_their_way)
 
     def add(self, slot: int, write: Callable[[Tensor, bool], None]) -> None:
         """Take a slot's gradient: `write(out, is_first)` stores it into the zeroed `out` or adds it to earlier ones."""
@@ -102,7 +108,9 @@ class GradientReducer:
         bucket = self._buckets[index]
         start, length = self._start[slot], sum(self.counts[slot])
         if bucket.is_launched:
-            buffer = self._late.setdefault(index, torch.zeros(bucket.numel, device=self.device))
+            if index not in self._late:
+                self._late[index] = torch.zeros(bucket.numel, device=self.device)
+            buffer = self._late[index]
             write(buffer[start : start + length], False)
             return
         if bucket.buffer is None:
@@ -121,6 +129,8 @@ class GradientReducer:
             return
         while self._next < len(self._buckets):
             self._launch(self._next)
+            # Waiting is safe here: this rank's backward is over, so no other rank's waits for it.
+            self._retire_all(but=_IN_FLIGHT)
         self._retire_all()
         for index in self._agree_on_late():
             bucket = self._buckets[index]
@@ -137,6 +147,7 @@ class GradientReducer:
         for bucket in self._buckets:
             bucket.buffer = None
             bucket.arrived.clear()
+        self._late.clear()
 
     def _is_full(self, index: int) -> bool:
         return len(self._buckets[index].arrived) == len(self._buckets[index].slots)
@@ -203,11 +214,13 @@ class GradientReducer:
         self._is_patient = False
         return False
 
-    def _retire_all(self) -> None:
-        for position, flight in enumerate(self._flights):
-            if flight.sent is not None:
-                self._flights[position] = self._sum_over_ranks(flight)
-        while self._flights:
+    def _retire_all(self, but: int = 0) -> None:
+        """Wait for the oldest buckets until at most `but` are on their way."""
+        count = max(len(self._flights) - but, 0)
+        for position in range(count):
+            if self._flights[position].sent is not None:
+                self._flights[position] = self._sum_over_ranks(self._flights[position])
+        for _ in range(count):
             self._retire(self._flights.popleft())
 
     def _sum_over_ranks(self, flight: _Flight) -> _Flight:

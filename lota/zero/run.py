@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class BlockRun:
         self._freeze: Freeze | None = None
         self._groups: BlockGroups | None = None
         self._was_built = False
+        self.is_closed = False
+        self.core: Any = None
 
     def _claim(self) -> None:
         if self._freeze is not None:
@@ -54,6 +56,7 @@ class BlockRun:
 
     def close(self, has_failed: bool) -> None:
         """End of the block."""
+        self.is_closed = True
         if self._freeze is not None:
             self._freeze.restore()
         if not self._was_built and not has_failed:
@@ -65,7 +68,8 @@ class BlockRun:
 
     def _need_engine(self, what: str) -> Any:
         if self.engine is None:
-            raise ValueError(f"{what} needs the engine of the block, and none was built yet: train first")
+            reason = "its state was released" if self._was_built else "none was built yet: train first"
+            raise ValueError(f"{what} needs the engine of the block, and {reason}")
         return self.engine
 
     def _fingerprints(
@@ -74,12 +78,34 @@ class BlockRun:
         reduction = self.groups.reduction
         return fingerprints(
             engines.partitions(model),
-            size_of=lambda part: reduction.shard_size,
-            rank_of=lambda part: reduction.shard_rank,
+            size=reduction.shard_size,
+            rank=reduction.shard_rank,
             group=reduction.shard,
             device=self.device,
             correction=correction,
         )
+
+    def _check_optimizer_holds(self, names: Iterable[str], optimizer: Any, what: str) -> None:
+        """ValueError where a tensor that takes part is not one of the optimizer's."""
+        held = {name for group in engines.trainable_groups(optimizer) for name in group.names}
+        missing = [name for name in names if name not in held]
+        if missing:
+            more = f" and {len(missing) - 1} more tensors" if missing[1:] else ""
+            raise ValueError(
+                f"{what} {missing[0]}{more}, but the optimizer was not given them; pass model.parameters()"
+            )
+
+    def release(self) -> None:
+        """Drop the state of this run: scores or masters and moments, and the process groups that carried gradients.
+
+        The engine cannot train afterwards. Collective.
+        """
+        if self.engine is not None and hasattr(self.engine.optimizer, "core"):
+            self.engine.optimizer.core = None
+        self.core = self.engine = None
+        if self._groups is not None:
+            self._groups.destroy()
+            self._groups = None
 
     def _weights_bytes(self) -> int:
         return sum(part.data.nbytes for part in engines.partitions(self._need_engine("report").module))

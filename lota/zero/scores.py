@@ -69,6 +69,9 @@ class WeightScores:
     def step(self, loss_scale: float) -> tuple[Tensor, Tensor]:
         return torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.bool)
 
+    def discard_gradients(self) -> None:
+        pass
+
     def scores(self) -> Iterator[tuple[str, int, Tensor]]:
         for piece in self._pieces:
             weights = piece.weights.float()
@@ -109,10 +112,12 @@ class GradientScores:
         self._reducer = GradientReducer(
             counts, bucket_numel=bucket_numel, groups=groups, deliver=self._deliver, device=device
         )
+        self._is_pending = False
         self.num_batches = 0
 
     def add_gradient(self, name: str, gradient: Tensor) -> None:
         """Hand a whole tensor's gradient (any float dtype) to the reduction."""
+        self._is_pending = True
         flat = gradient.reshape(-1)
 
         def write(out: Tensor, is_first: bool) -> None:
@@ -124,8 +129,24 @@ class GradientScores:
         self._reducer.add(self._slot[name], write)
 
     def finish_backward(self, last: bool) -> None:
+        if self._gradient is None and not last:
+            raise ValueError(
+                "a backward ended that is not the last of its step, but the configuration says "
+                "gradient_accumulation_steps: 1; set it to the number of micro batches, so that their gradients are "
+                "summed before they are scored"
+            )
         self._reducer.finish(last)
         self._delivered.clear()
+
+    def discard_gradients(self) -> None:
+        """Forget the gradients of the global batch so far (`zero_grad`)."""
+        if not self._is_pending:
+            return
+        if self._gradient is None:
+            raise ValueError("zero_grad() between backward and step: this batch was scored already; call step() first")
+        self._is_pending = False
+        self._reducer.discard()
+        self._gradient.zero_()
 
     def _deliver(self, slots: range, values: Tensor) -> None:
         where = slice(self._offsets[slots.start], self._offsets[slots.stop])
@@ -151,6 +172,7 @@ class GradientScores:
     def step(self, loss_scale: float) -> tuple[Tensor, Tensor]:
         """End of a global batch: add its gradient to the score. Returns the gradient's norm and whether it was skipped
         because it is not finite (fp16 only; elsewhere selection refuses what comes of it). Collective."""
+        self._is_pending = False
         if self._gradient is not None:
             finite = torch.isfinite(self._gradient).all().to(torch.int32)
             if self._groups.world is not None:
@@ -176,12 +198,15 @@ class GradientScores:
             )
         for slot, piece in enumerate(self._pieces):
             mean = self._sum[self._offsets[slot] : self._offsets[slot + 1]] / self.num_batches
-            yield piece.name, piece.start, mean * piece.weights.float().abs() if self._score == "snip" else mean
+            yield (
+                piece.name,
+                piece.start,
+                mean * piece.weights.to(mean.device).float().abs() if self._score == "snip" else mean,
+            )
 
     def nbytes(self) -> dict[str, int]:
-        buffers = self._reducer.bucket_bytes * (3 if self._groups.shard is not None else 1)
         gradient = 0 if self._gradient is None else self._gradient.nbytes
-        return {"scores": self._sum.nbytes, "gradient": gradient, "bucket": buffers}
+        return {"scores": self._sum.nbytes, "gradient": gradient, "buffers": self._reducer.buffer_bytes}
 
 
 def piece_of(name: str, numel: int, partition: Tensor, rank: int, size: int) -> Piece:

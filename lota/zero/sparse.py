@@ -74,6 +74,8 @@ class SparseTraining:
             device=device,
             once_per_step=once_per_step,
         )
+        self._is_unsent = False
+        self._has_gradients = False
         self.num_reductions = 0
         self.num_steps = 0
         self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -91,6 +93,7 @@ class SparseTraining:
 
     def add_gradient(self, name: str, gradient: Tensor) -> None:
         """Compact a tensor's dense gradient (any float dtype, whole tensor) and hand it to the reduction."""
+        self._has_gradients = True
         state, slot = self._place[name]
         stop = slot.full_start + slot.num_active
         span: dict[str, Any] = {"start": slot.full_start, "stop": stop, "origin": slot.full_origin}
@@ -106,6 +109,7 @@ class SparseTraining:
 
     def finish_backward(self, last: bool) -> None:
         """After every backward (`last`: of the step): reduce and accumulate what is left. Collective."""
+        self._is_unsent = self._once_per_step and not last
         self._reducer.finish(last)
         self.num_reductions += int(last or not self._once_per_step)
 
@@ -116,12 +120,16 @@ class SparseTraining:
         gradient before clipping and the skip flag (a non-finite norm on any rank), as device scalars; a skipped step
         changes nothing but the gradients.
         """
+        if self._is_unsent:  # the end of the step was only known after the last backward
+            self.finish_backward(True)
         norm = self._squared_norm().sqrt() / loss_scale
         skip = ~torch.isfinite(norm)
-        if self.groups.world is not None and self.groups.replica is not None:
-            flag = skip.to(torch.int32)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.groups.world)
-            skip = flag > 0
+        if self.groups.replica is not None:
+            # Replicas hold the same sums; agreeing makes sure that they also draw the same conclusion.
+            agreed = torch.stack((skip.double(), torch.where(skip, 0.0, norm)))
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.groups.world)
+            skip = agreed[0] > 0
+            norm = torch.where(skip, torch.inf, agreed[1])
         scale = torch.full_like(norm, 1.0 / loss_scale)
         if clip > 0:
             scale = scale * (clip / (norm + 1e-6)).clamp(max=1.0)
@@ -129,6 +137,7 @@ class SparseTraining:
             where = state.master.device
             self.update(state, settings[group.settings], scale.float().to(where), skip.to(where))
             state.gradient.zero_()
+        self._has_gradients = False
         self.num_steps += 1
         self._num_skipped += skip
         return norm, skip
@@ -143,6 +152,10 @@ class SparseTraining:
         return total
 
     def discard_gradients(self) -> None:
+        """Forget the gradients of the step so far (`zero_grad`)."""
+        if not self._has_gradients:
+            return
+        self._has_gradients = self._is_unsent = False
         self._reducer.discard()
         for state in self.states:
             state.gradient.zero_()
@@ -164,8 +177,8 @@ class SparseTraining:
     def bytes_sent(self) -> int:
         return self._reducer.bytes_sent
 
-    def bucket_bytes(self) -> int:
-        return self._reducer.bucket_bytes
+    def buffer_bytes(self) -> int:
+        return self._reducer.buffer_bytes
 
     def nbytes(self) -> dict[str, int]:
         """Bytes this rank holds beside the weights, by kind."""
@@ -173,4 +186,5 @@ class SparseTraining:
         for state in self.states:
             for kind, size in state.nbytes().items():
                 total[kind] = total.get(kind, 0) + size
+        total["moments"] += self.update.nbytes()
         return total

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from lota.ticket import Mask
 from lota.zero import engine as engines
-from lota.zero.base import dtype_name
+from lota.zero.base import differing, dtype_name, replicas_agree
 from lota.zero.delivery import base_put_back, deliver
 from lota.zero.frozen import Freeze
 from lota.zero.groups import check_shard_group_size, make_groups
@@ -30,12 +30,11 @@ class SparseRun(BlockRun):
     def __init__(self, mask: Mask, *, shard_group_size: int | None, once_per_step: bool) -> None:
         super().__init__()
         self.mask, self._shard_group_size, self._once_per_step = mask, shard_group_size, once_per_step
-        self.core: SparseTraining | None = None
 
     @property
     def _training(self) -> SparseTraining:
         self._need_engine("the ticket")
-        assert self.core is not None
+        assert isinstance(self.core, SparseTraining)
         return self.core
 
     def prepare(self, model: torch.nn.Module, config: Any) -> None:
@@ -65,14 +64,9 @@ class SparseRun(BlockRun):
 
     def build(self, optimizer: Any, engine: Any) -> SparseTraining:
         tensor_groups = engines.trainable_groups(optimizer)
-        held = {name for group in tensor_groups for name in group.names}
-        missing = [name for name in self.mask.names if self.mask.active(name) and name not in held]
-        if missing:
-            raise ValueError(
-                f"the mask trains {missing[0]}"
-                + (f" and {len(missing) - 1} more tensors" if missing[1:] else "")
-                + ", but the optimizer was not given them; pass model.parameters()"
-            )
+        self._check_optimizer_holds(
+            (name for name in self.mask.names if self.mask.active(name)), optimizer, "the mask trains"
+        )
         self.base = self._fingerprints(engine.module)
         for name in self.mask.names:
             tensor = self.base[name]
@@ -93,6 +87,8 @@ class SparseRun(BlockRun):
         training, reduction = self._training, self.groups.reduction
         shards = reduction.shard_size
         trained = sum(self.mask.numel(name) for name in self.mask.names)
+        within_groups = trained if shards > 1 else 0
+        across_groups = -(-trained // shards) if shards < reduction.world_size else 0
         local = [state.layout.local_active for state in training.states]
         return {
             "num_active": self.mask.num_active,
@@ -109,7 +105,7 @@ class SparseRun(BlockRun):
             "bytes_held": {
                 "weights": self._weights_bytes(),
                 **training.nbytes(),
-                "bucket": training.bucket_bytes(),
+                "buffers": training.buffer_bytes(),
                 "mask_host": self.mask.nbytes,
             },
             "bytes_held_dense": {
@@ -117,7 +113,7 @@ class SparseRun(BlockRun):
                 "masters_moments_gradients": 16 * -(-trained // shards),
             },
             "bytes_sent": training.bytes_sent(),
-            "bytes_sent_dense": training.num_reductions * 4 * trained * (1 if shards > 1 else 0),
+            "bytes_sent_dense": training.num_reductions * 4 * (within_groups + across_groups),
             "reductions": training.num_reductions,
         }
 
@@ -138,12 +134,18 @@ class SparseRun(BlockRun):
         if dtype not in (None, torch.float32):
             raise ValueError(f"dtype must be None (the weights' own) or torch.float32 (the masters), got {dtype}")
         training = self._training
+        reduction = self.groups.reduction
         now = self._fingerprints(self.engine.module, base_put_back(training))
-        moved = [name for name, tensor in self.base.items() if now[name].fingerprint != tensor.fingerprint]
+        moved = differing(now, self.base, reduction.world, self.device)
         if moved:
             raise RuntimeError(
                 f"{len(moved)} tensors changed outside the mask, {moved[0]} first: something wrote into frozen weights "
                 "during the run. The ticket was not written."
+            )
+        if not replicas_agree(self._fingerprints(self.engine.module), reduction.replica, self.device):
+            raise RuntimeError(
+                "copies of the weights in different shard groups are no longer equal: something wrote into trained "
+                "weights on some ranks only. The ticket was not written."
             )
         mask = self.mask.with_base({name: self.base[name] for name in self.mask.names})
         return deliver(training, mask, path, provenance, dtype=dtype, overwrite=overwrite, device=self.device)

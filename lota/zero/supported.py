@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def check_config(config: Any, *, is_sparse: bool, mpu: Any = None) -> None:
+def check_config(config: Any, *, is_sparse: bool, is_compact: bool, mpu: Any = None) -> None:
     """Raise ValueError for a `DeepSpeedConfig` that names something unsupported.
 
-    is_sparse: for sparse training; calibration by dense training may offload its optimizer to the CPU.
+    is_sparse: for sparse training. is_compact: the gradients are ours, in sparse training and in calibration by
+    gradients; calibration by dense training is DeepSpeed's own and may offload its optimizer to the CPU.
     """
     zero = config.zero_config
     if int(zero.stage) != 3:
@@ -18,11 +19,11 @@ def check_config(config: Any, *, is_sparse: bool, mpu: Any = None) -> None:
             "whole weights on "
             "every rank as the lower stages do, also pass shard_group_size=1."
         )
-    for setting, reason in _refusals(config, mpu, is_sparse):
+    for setting, reason in _refusals(config, mpu, is_sparse, is_compact):
         raise ValueError(f"{setting} is not supported: {reason}. Delete it from the DeepSpeed configuration.")
 
 
-def _refusals(config: Any, mpu: Any, is_sparse: bool) -> Iterator[tuple[str, str]]:
+def _refusals(config: Any, mpu: Any, is_sparse: bool, is_compact: bool) -> Iterator[tuple[str, str]]:
     zero, raw = config.zero_config, config._param_dict
     dense = "it works on dense gradients or optimizer states, which do not exist here"
     wire = "gradients are compacted before they are sent"
@@ -67,7 +68,13 @@ def _refusals(config: Any, mpu: Any, is_sparse: bool) -> Iterator[tuple[str, str
         yield "compile.deepcompile (DeepCompile)", "its graphs bypass the gradient hooks"
     if config.load_universal_checkpoint:
         yield "checkpoint.load_universal (universal checkpoints)", "they hold dense states"
-    if is_sparse and not config.managed_gradient_accumulation:
+    if is_compact and raw.get("communication_data_type") not in (None, "fp32"):
+        yield "communication_data_type", "compact gradients are summed and sent in fp32"
+    if is_compact and config.grad_accum_dtype not in (None, "fp32"):
+        yield "data_types.grad_accum_dtype", "compact gradients are accumulated in fp32"
+    if is_compact and not zero.reduce_scatter:
+        yield "zero_optimization.reduce_scatter: false", "gradients go to their owners only"
+    if is_compact and not config.managed_gradient_accumulation:
         yield "managed_gradient_accumulation: false", "the end of a step must be known during backward"
 
 

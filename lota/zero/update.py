@@ -18,6 +18,9 @@ from torch import Tensor
 from lota.kernels import adamw_, adamw_scalars, rmsprop_, rmsprop_scalars, scatter_
 from lota.zero.state import CompactState
 
+# Long enough for optimizers that treat long tensors otherwise, as those with quantized states do.
+_TRIAL_NUMEL = 1 << 16
+
 
 class Update(Protocol):
     """One step of one group. scale, skip: fp32 and bool device scalars; settings: the optimizer's parameter group."""
@@ -26,6 +29,10 @@ class Update(Protocol):
     moment_names: tuple[str, ...]
 
     def __call__(self, state: CompactState, settings: dict[str, Any], scale: Tensor, skip: Tensor) -> None: ...
+
+    def nbytes(self) -> int:
+        """Bytes of state beside the moments that `CompactState` holds."""
+        ...
 
 
 class AdamW:
@@ -59,6 +66,9 @@ class AdamW:
             eps=settings["eps"],
         )
 
+    def nbytes(self) -> int:
+        return sum(step.nbytes for step in self.steps.values())
+
 
 class RMSprop:
     """`lota.kernels.rmsprop_`."""
@@ -78,6 +88,9 @@ class RMSprop:
             alpha=settings["alpha"],
             eps=settings["eps"],
         )
+
+    def nbytes(self) -> int:
+        return 0
 
 
 class TorchOptimizer:
@@ -102,6 +115,10 @@ class TorchOptimizer:
         finally:
             settings["params"], state.master.grad = [], None
         scatter_(state.weights, state.local_index, state.master)
+
+    def nbytes(self) -> int:
+        states = self.optimizer.state.values()
+        return sum(value.nbytes for state in states for value in state.values() if torch.is_tensor(value))
 
 
 def choose_update(optimizer: torch.optim.Optimizer, device: torch.device) -> Update:
@@ -131,7 +148,8 @@ def _is_adamw(optimizer: torch.optim.Optimizer) -> bool:
             group["bias_correction"] for group in optimizer.param_groups
         )
     if kind.__name__ == "DeepSpeedCPUAdam":
-        return bool(getattr(optimizer, "adam_w_mode", getattr(optimizer, "adamw_mode", False)))
+        decoupled = bool(getattr(optimizer, "adam_w_mode", getattr(optimizer, "adamw_mode", False)))
+        return decoupled and all(group.get("bias_correction", True) for group in optimizer.param_groups)
     return False
 
 
@@ -139,11 +157,11 @@ def _check_element_wise(optimizer: torch.optim.Optimizer, device: torch.device) 
     """Three steps on a vector must equal three steps on its two halves: each weight's update depends on it alone."""
     kind = type(optimizer)
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(64, generator=generator).to(device)
-    gradients = [torch.randn(64, generator=generator).to(device) * 10.0**exponent for exponent in (0, 1, -1)]
+    start = torch.randn(_TRIAL_NUMEL, generator=generator).to(device)
+    gradients = [torch.randn(_TRIAL_NUMEL, generator=generator).to(device) * scale for scale in (1.0, 10.0, 0.1)]
     try:
         whole = _run_steps(kind, optimizer.defaults, [start], [[g] for g in gradients])
-        halves = _run_steps(kind, optimizer.defaults, list(start.split(32)), [list(g.split(32)) for g in gradients])
+        halves = _run_steps(kind, optimizer.defaults, list(start.chunk(2)), [list(g.chunk(2)) for g in gradients])
     except (TypeError, ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
         raise ValueError(
             f"optimizer {kind.__name__} cannot run on compact state: a trial on a flat vector failed ({error}). "

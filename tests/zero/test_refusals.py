@@ -49,6 +49,9 @@ CONFIGS = [
     ({"compile": {"deepcompile": True}}, r"DeepCompile"),
     ({"checkpoint": {"load_universal": True}}, r"universal checkpoints"),
     ({"managed_gradient_accumulation": False}, r"managed_gradient_accumulation"),
+    ({"communication_data_type": "bf16"}, r"communication_data_type is not supported"),
+    ({"data_types": {"grad_accum_dtype": "bf16"}}, r"grad_accum_dtype is not supported"),
+    (_zero(reduce_scatter=False), r"reduce_scatter: false is not supported"),
     ({"hybrid_engine": {"enabled": True}}, r"the hybrid engine .* is not supported"),
 ]
 
@@ -269,7 +272,9 @@ def _check(raw: dict[str, Any], has_mpu: bool) -> None:
 
     from lota.zero.supported import check_config
 
-    check_config(DeepSpeedConfig(cases.config(1, 1) | raw), is_sparse=True, mpu=object() if has_mpu else None)
+    check_config(
+        DeepSpeedConfig(cases.config(1, 1) | raw), is_sparse=True, is_compact=True, mpu=object() if has_mpu else None
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,170 @@
+"""What surrounds a run: boundaries set by hand, zero_grad, failures inside a block, and what is left after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import lota
+from tests.zero import cases
+
+
+def _initialize(model: torch.nn.Module, accumulation: int = 1, optimizer: Any = None) -> Any:
+    import deepspeed
+
+    world = torch.distributed.get_world_size()
+    optimizer = optimizer or cases.default_optimizer(model)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=cases.config(accumulation, world))[0]
+
+
+def _loss(engine: Any, step: int) -> torch.Tensor:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rows = slice(rank * cases.ROWS // world, (rank + 1) * cases.ROWS // world)
+    ((x, flags, target),) = cases.micro_batches(step, 1)
+    return F.cross_entropy(engine(x[rows], flags[rows]), target[rows])
+
+
+def _manual_boundary(reduce_every: str, late: bool) -> float:
+    """Two micro steps whose boundary the caller sets, before the last backward or only after it."""
+    with lota.sparse_zero3(lota.Mask.from_dense(cases.make_masks()), reduce_every=reduce_every):
+        engine = _initialize(cases.make_model())
+        for micro in (1, 2):
+            engine.set_gradient_accumulation_boundary(micro == 2 and not late)
+            engine.backward(_loss(engine, micro) / 2)
+        engine.set_gradient_accumulation_boundary(True)
+        engine.step()
+        norm = float(engine.get_global_grad_norm())
+        engine.destroy()
+    return norm
+
+
+def test_boundaries_set_by_hand(ranks):
+    norms = [
+        ranks(2).run(_manual_boundary, reduce_every, late)[0]
+        for reduce_every in ("micro_step", "step")
+        for late in (False, True)
+    ]
+    assert norms[0] > 0.1
+    assert norms == pytest.approx([norms[0]] * 4, rel=1e-6)
+
+
+def _zero_grad(discards: bool) -> dict[str, torch.Tensor]:
+    from deepspeed.utils import safe_get_full_grad
+
+    masks = cases.make_masks()
+    with lota.sparse_zero3(lota.Mask.from_dense(masks)):
+        engine = _initialize(cases.make_model())
+        if discards:
+            engine.backward(_loss(engine, 1))
+            engine.optimizer.zero_grad()
+        engine.backward(_loss(engine, 2))
+        gradients = {n: safe_get_full_grad(p).clone() for n, p in engine.module.named_parameters() if n in masks}
+        engine.destroy()
+    return gradients
+
+
+def test_zero_grad_forgets(ranks):
+    for kept, fresh in zip(ranks(2).run(_zero_grad, True), ranks(2).run(_zero_grad, False), strict=True):
+        assert all(torch.equal(kept[name], fresh[name]) for name in fresh)
+
+
+def _unsummed(kind: str) -> None:
+    with lota.calibration_zero3(score="gradient", include=["*blocks*"]):
+        engine = _initialize(cases.make_model())
+        try:
+            if kind == "boundary":
+                engine.set_gradient_accumulation_boundary(False)
+            engine.backward(_loss(engine, 1))
+            engine.optimizer.zero_grad()
+        finally:
+            engine.destroy()
+
+
+@pytest.mark.parametrize(("kind", "message"), [("boundary", "set it to the number"), ("zero_grad", "scored already")])
+def test_gradients_that_cannot_be_summed_are_refused(ranks, kind, message):
+    for outcome in ranks(2).outcomes(_unsummed, kind):
+        assert outcome.error_type == "ValueError" and message in outcome.error, outcome.error
+
+
+def _some_parameters(score: str) -> None:
+    model = cases.make_model()
+    with lota.calibration_zero3(score=score, include=["*blocks*"]):
+        _initialize(model, optimizer=torch.optim.AdamW(model.blocks[0].parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("score", ["gradient", "task_vector"])
+def test_calibration_wants_every_eligible_tensor_in_the_optimizer(ranks, score):
+    for outcome in ranks(2).outcomes(_some_parameters, score):
+        assert outcome.error_type == "ValueError" and "calibration scores blocks.1." in outcome.error, outcome.error
+
+
+def _fail_inside() -> dict[str, Any]:
+    import deepspeed
+
+    before = deepspeed.DeepSpeedEngine
+    model = cases.make_model()
+    try:
+        with lota.sparse_zero3(lota.Mask.from_dense(cases.make_masks())):
+            engine = _initialize(model)
+            raise KeyError("the script's own")
+    except KeyError as error:
+        seen = str(error)
+    engine.destroy()
+    return {
+        "restored": deepspeed.DeepSpeedEngine is before,
+        "trainable": all(param.requires_grad for param in model.parameters()),
+        "seen": seen,
+    }
+
+
+def test_a_failure_inside_leaves_nothing_behind(ranks):
+    for result in ranks(2).run(_fail_inside):
+        assert result == {"restored": True, "trainable": True, "seen": '"the script\'s own"'}
+
+
+def _afterwards() -> dict[str, Any]:
+    """Train after the block, build a second block on the same model, take the mask twice."""
+    errors = {}
+    model = cases.make_model()
+    with lota.calibration_zero3(score="gradient", density=0.2, include=["*blocks*"]) as calibration:
+        engine = _initialize(model)
+        engine.backward(_loss(engine, 1))
+        engine.step()
+    groups = len(torch.distributed.distributed_c10d._world.pg_map)
+    mask = calibration.mask()
+    fewer_groups = len(torch.distributed.distributed_c10d._world.pg_map) < groups
+    for name, attempt in {
+        "train": lambda: _loss(engine, 2),
+        "mask": calibration.mask,
+        "second block": lambda: _second_block(model, mask),
+    }.items():
+        try:
+            attempt()
+        except (RuntimeError, ValueError) as error:
+            errors[name] = str(error)
+    engine.destroy()
+    report = _second_block(model, mask)
+    return {"errors": errors, "fewer_groups": fewer_groups, "steps": report["steps"]}
+
+
+def _second_block(model: torch.nn.Module, mask: lota.Mask) -> dict[str, Any]:
+    with lota.sparse_zero3(mask) as run:
+        engine = _initialize(model)
+        engine.backward(_loss(engine, 1))
+        engine.step()
+        report = run.report()
+        engine.destroy()
+    run.release()
+    return report
+
+
+def test_after_the_block(ranks):
+    for result in ranks(2).run(_afterwards):
+        assert "block of this engine has ended" in result["errors"]["train"]
+        assert "its state was released" in result["errors"]["mask"]
+        assert "belongs to the engine of an earlier lota block" in result["errors"]["second block"]
+        assert result["fewer_groups"]
+        assert result["steps"] == 1, "the same model trains in a second block once the first engine is destroyed"
