@@ -12,11 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from recipes import demo_world, small_model
-from recipes.demo_world import EARLIER_TEMPLATES, World, WorldConfig, fill
+from recipes.demo_world import World, WorldConfig
 from recipes.small_model import END, Row, SmallModelConfig
 
 # What one batch of pretraining is made of; the rest is plain text.
-SHARE_EARLIER, SHARE_GLOSSARY = 0.4, 0.4
+SHARE_TRANSLATIONS = 0.75
 
 
 def cache_folder() -> Path:
@@ -54,10 +54,9 @@ def _make(world: World, config: SmallModelConfig, folder: Path, say: Callable[[s
     _write(folder / "earlier_test.jsonl", world.earlier_rows("test", count.num_test))
 
     plain = world.plain_text()
-    glossary = world.glossary()
-    earlier = fill(EARLIER_TEMPLATES, world.earlier_rows("train", count.num_earlier))
-    tasks = [row["prompt"] + row["completion"] for row in [*glossary, *earlier]]
-    tokenizer = small_model.train_tokenizer([*plain, *tasks, *["say in vokar :"] * 100], config.vocab_size)
+    translations = world.pretraining_rows()
+    lines = [*plain, *(row["prompt"] + row["completion"] for row in translations)]
+    tokenizer = small_model.train_tokenizer(lines, config.vocab_size)
 
     def encode(rows: list[dict[str, str]]) -> list[Row]:
         prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
@@ -65,11 +64,10 @@ def _make(world: World, config: SmallModelConfig, folder: Path, say: Callable[[s
         return [([*ids, END], len(prompt)) for ids, prompt in zip(whole, prompts)]
 
     plain_rows = [([*ids, END], 1) for ids in tokenizer(plain)["input_ids"]]
-    num_earlier, num_glossary = int(config.batch_rows * SHARE_EARLIER), int(config.batch_rows * SHARE_GLOSSARY)
+    num_translations = int(config.batch_rows * SHARE_TRANSLATIONS)
     streams = [
-        _batches(encode(earlier), num_earlier, config.seed),
-        _batches(encode(glossary), num_glossary, config.seed),
-        _batches(plain_rows, config.batch_rows - num_earlier - num_glossary, config.seed),
+        _batches(encode(translations), num_translations, config.seed),
+        _batches(plain_rows, config.batch_rows - num_translations, config.seed),
     ]
     batches = ([row for stream in streams for row in next(stream)] for _ in range(config.steps))
     model = small_model.pretrain(config, len(tokenizer), batches, say)

@@ -1,14 +1,15 @@
 """The demo's world: three small languages, made from a seed, with dictionaries between them.
 
 English says "the red fox sees the small boat near the mill"; **Selan** and **Vokar** say the same in words of their
-own, without the article. The base model is pretrained on sentences of all three, on glossaries of both languages ("fox
-in vokar : zugo"), and on the *earlier task*, English to Selan. It never sees the *new task*, English to Vokar.
+own, without the article. The base model is pretrained to translate English into both. Then Vokar is reformed: every
+noun gets a new word, which the model has met in plain text, but never in a translation. The *new task* is to translate
+into reformed Vokar; the *earlier task*, which nobody practises any more, is to translate into Selan.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 ADJECTIVES = ("red", "blue", "small", "old", "quiet", "bright", "clever", "wild")
@@ -30,8 +31,7 @@ class WorldConfig:
 
     seed: int = 7
     num_sentences: int = 8000
-    num_glossary: int = 4000
-    num_earlier: int = 8000
+    num_translations: int = 16000
     num_train: int = 4000
     num_test: int = 512
 
@@ -58,17 +58,12 @@ class World:
         taken = set(WORDS)
         self.selan = {word: _new_word(rng, taken, "lmnrstv", "aeiou") for word in WORDS}
         self.vokar = {word: _new_word(rng, taken, "bdgkpzx", "aou") for word in WORDS}
+        self.reformed = self.vokar | {word: _new_word(rng, taken, "bdgkpzx", "aou") for word in NOUNS}
 
     def english(self, sentence: Sentence) -> str:
         """With an article before every noun phrase."""
         place = f" {sentence.place[0]} the {sentence.place[1]}" if sentence.place else ""
         return f"the {' '.join(sentence.subject)} {sentence.verb} the {' '.join(sentence.object)}{place}"
-
-    def to_selan(self, sentence: Sentence) -> str:
-        return " ".join(self.selan[word] for word in sentence.words())
-
-    def to_vokar(self, sentence: Sentence) -> str:
-        return " ".join(self.vokar[word] for word in sentence.words())
 
     def sentences(self, stream: str) -> Iterator[Sentence]:
         """An endless stream of meanings; each name of a stream gives its own, always the same."""
@@ -79,27 +74,40 @@ class World:
             yield Sentence(subject, rng.choice(VERBS), object_, place)
 
     def plain_text(self) -> list[str]:
-        """Sentences in one of the languages each; nothing says which translates which."""
+        """Sentences in one of the languages each, reformed Vokar included; nothing says which translates which."""
         rng = random.Random(f"{self.config.seed} languages")
-        speak: list[Callable[[Sentence], str]] = [self.english, self.to_selan, self.to_vokar]
-        return [rng.choice(speak)(s) for _, s in zip(range(self.config.num_sentences), self.sentences("plain"))]
+        dictionaries = [None, self.selan, self.vokar, self.reformed]
+        texts = []
+        for _, sentence in zip(range(self.config.num_sentences), self.sentences("plain")):
+            dictionary = rng.choice(dictionaries)
+            texts.append(self.english(sentence) if dictionary is None else translate(sentence, dictionary))
+        return texts
 
-    def glossary(self) -> list[dict[str, str]]:
-        """Single words in Selan and Vokar, as prompt and completion."""
-        rng = random.Random(f"{self.config.seed} glossary")
-        languages = {"selan": self.selan, "vokar": self.vokar}
-        picks = [(word, rng.choice(list(languages))) for word in rng.choices(WORDS, k=self.config.num_glossary)]
-        return [{"prompt": f"say in {name} : {w} =", "completion": f" {languages[name][w]}"} for w, name in picks]
+    def pretraining_rows(self) -> list[dict[str, str]]:
+        """Prompts and completions of the pretraining: translations into Selan and into Vokar before its reform."""
+        count = self.config.num_translations // 2
+        old = [{"english": row["english"], "vokar": row["old"]} for row in self._rows("old", count, old=self.vokar)]
+        return fill(EARLIER_TEMPLATES, self.earlier_rows("train", count)) + fill(NEW_TEMPLATES, old)
 
     def earlier_rows(self, stream: str, count: int) -> list[dict[str, str]]:
         """Rows of the earlier task: fields english and selan."""
-        meanings = (s for _, s in zip(range(count), self.sentences(f"earlier {stream}")))
-        return [{"english": self.english(s), "selan": self.to_selan(s)} for s in meanings]
+        return self._rows(f"earlier {stream}", count, selan=self.selan)
 
     def new_rows(self, stream: str, count: int) -> list[dict[str, str]]:
         """Rows of the new task: fields english and vokar."""
-        meanings = (s for _, s in zip(range(count), self.sentences(f"new {stream}")))
-        return [{"english": self.english(s), "vokar": self.to_vokar(s)} for s in meanings]
+        return self._rows(f"new {stream}", count, vokar=self.reformed)
+
+    def _rows(self, stream: str, count: int, **dictionaries: dict[str, str]) -> list[dict[str, str]]:
+        return [
+            {"english": self.english(sentence)}
+            | {name: translate(sentence, dictionary) for name, dictionary in dictionaries.items()}
+            for _, sentence in zip(range(count), self.sentences(stream))
+        ]
+
+
+def translate(sentence: Sentence, dictionary: dict[str, str]) -> str:
+    """Word for word, without articles."""
+    return " ".join(dictionary[word] for word in sentence.words())
 
 
 def fill(templates: tuple[str, str], rows: list[dict[str, str]]) -> list[dict[str, str]]:

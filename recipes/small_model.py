@@ -36,12 +36,12 @@ UNKNOWN, BEGIN, END, PADDING = range(4)
 class SmallModelConfig:
     """Sizes and training of a small Llama. Two equal configurations on equal text give equal models."""
 
-    vocab_size: int = 384
+    vocab_size: int = 448
     hidden_size: int = 192
     num_layers: int = 4
     head_size: int = 32
     max_length: int = 128
-    steps: int = 300
+    steps: int = 400
     batch_rows: int = 32
     learning_rate: float = 2e-3
     seed: int = 0

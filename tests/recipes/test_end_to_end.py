@@ -29,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base of two layers with its data; hardly trained, which is enough to move."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        texts = WorldConfig(num_sentences=300, num_glossary=100, num_earlier=100, num_train=64, num_test=16)
+        texts = WorldConfig(num_sentences=300, num_translations=200, num_train=64, num_test=16)
         sizes = SmallModelConfig(vocab_size=320, hidden_size=64, num_layers=2, steps=3, batch_rows=8)
         return demo_base.prepare(texts, sizes, lambda _: None)
 

@@ -13,7 +13,7 @@ from recipes import demo_base, small_model
 from recipes.demo_world import NEW_TEMPLATES, World, WorldConfig, fill
 from recipes.small_model import BEGIN, END, PADDING, SmallModelConfig, train_tokenizer, wrap_sentencepiece
 
-TINY_WORLD = WorldConfig(num_sentences=200, num_glossary=100, num_earlier=100, num_train=20, num_test=10)
+TINY_WORLD = WorldConfig(num_sentences=200, num_translations=200, num_train=20, num_test=10)
 TINY_MODEL = SmallModelConfig(vocab_size=320, hidden_size=32, num_layers=1, steps=2, batch_rows=8)
 
 
