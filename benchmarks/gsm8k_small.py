@@ -66,7 +66,7 @@ class Run:
 SWEEP = (
     *(Run(1, rate) for rate in (1e-3, 2e-3, 4e-3)),
     *(Run(0.1, rate) for rate in (5e-3, 1e-2, 2e-2)),
-    *(Run(0.01, rate) for rate in (3e-2, 1e-2)),
+    Run(0.01, 3e-2),
 )
 
 
