@@ -65,7 +65,9 @@ class LotaArguments:
     )
     mask: str | None = field(default=None, metadata={"help": "A mask or ticket to train on; skips calibration."})
     protect: list[str] | None = field(default=None, metadata={"help": "Tickets whose entries must not be chosen."})
-    include: list[str] | None = field(default=None, metadata={"help": "Patterns of tensor names, instead of the default (attention and MLP weights)."})
+    include: list[str] | None = field(
+        default=None, metadata={"help": "Patterns of tensor names, instead of attention and MLP weights."}
+    )
     exclude: list[str] | None = field(default=None, metadata={"help": "Patterns of tensor names to leave out."})
     shard_group_size: int | None = field(default=None, metadata={"help": "Ranks that share one copy of the weights."})
     gradient_reduction: str = field(default="auto", metadata={"help": "auto, compact or dense."})
