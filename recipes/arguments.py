@@ -26,8 +26,8 @@ DEFAULT_CALIBRATION_STEPS = 200
 
 
 @dataclass
-class LotaArguments:
-    """Model, data, and what is LoTA's own. None means: not given, the default in the help applies."""
+class SourceArguments:
+    """Model and data, the options that training and evaluation share."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Base model: a folder or a name on the hub."}
@@ -49,6 +49,11 @@ class LotaArguments:
         default=None, metadata={"help": "Instead of prompt_field: text with {field} names, '{{' for a brace."}
     )
     completion_template: str | None = field(default=None, metadata={"help": "Likewise, instead of completion_field."})
+
+
+@dataclass
+class LotaArguments(SourceArguments):
+    """Model, data, and what is LoTA's own. None means: not given, the default in the help applies."""
 
     method: str = field(
         default="lota", metadata={"help": "lota (calibrate, select, train a ticket) or full (all weights)."}

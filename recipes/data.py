@@ -11,10 +11,10 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from recipes.arguments import LotaArguments
+from recipes.arguments import SourceArguments
 
 
-def load(args: LotaArguments) -> tuple[Dataset, Dataset | None]:
+def load(args: SourceArguments) -> tuple[Dataset, Dataset | None]:
     """Training and evaluation sets with columns prompt and completion. Every rank; ValueError for what is missing."""
     if (args.train_file is None) == (args.dataset_name is None):
         raise ValueError("give either train_file (a local .jsonl) or dataset_name (on the hub)")
