@@ -3,17 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lota.apply import apply_, exchange_
     from lota.seams import calibration_zero3, sparse_zero3
     from lota.ticket import Mask, Ticket
 
 _HOMES = {
     "Mask": "lota.ticket",
     "Ticket": "lota.ticket",
+    "apply_": "lota.apply",
     "calibration_zero3": "lota.seams",
+    "exchange_": "lota.apply",
     "sparse_zero3": "lota.seams",
 }
 
-__all__ = ["Mask", "Ticket", "calibration_zero3", "sparse_zero3"]
+__all__ = ["Mask", "Ticket", "apply_", "calibration_zero3", "exchange_", "sparse_zero3"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,47 +16,92 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lota.ticket import Mask, Ticket
-from lota.ticket.fingerprint import fingerprint, to_hex
+from lota.ticket.fingerprint import add, fingerprint, fingerprint_at, to_hex
 
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 class Applied:
-    """What `apply_` replaced: the model's own bits, until `revert()` puts them back."""
+    """What `apply_` replaced: the model's own bits, until `revert()` puts them back or `exchange_` takes them over."""
 
     def __init__(self, model: nn.Module, saved: dict[str, tuple[Tensor, Tensor]]) -> None:
-        self._model, self._saved = model, saved
+        self._model = model
+        self._saved: dict[str, tuple[Tensor, Tensor]] | None = saved
 
     def revert(self) -> None:
         """Put back, in place, the bits that the active entries had before. ValueError when that was done already."""
-        if not self._saved:
-            raise ValueError("this ticket was reverted already, or had no active entry: there is nothing to put back")
-        parameters = _parameters(self._model)
+        for flat, positions, bits in self._put_back(_parameters(self._model)).values():
+            flat.index_copy_(0, positions, bits)
+        self._saved = None
+
+    def _put_back(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """By tensor: where it lies flat, the active positions and the base's bits there; nothing is written."""
+        if self._saved is None:
+            raise ValueError("this handle's ticket is off already: it was reverted, or exchanged for another one")
+        placed = {}
         for name, (positions, bits) in self._saved.items():
-            _flat(parameters[name]).index_copy_(0, positions, bits)
-        self._saved = {}
+            flat = _flat(parameters[name])
+            if flat.dtype != bits.dtype:
+                raise ValueError(
+                    f"{name}: expected weights in {bits.dtype}, as when the ticket was applied, got {flat.dtype}: bits "
+                    "cannot be put back into a cast model. Load the base again."
+                )
+            placed[name] = flat, positions.to(flat.device), bits.to(flat.device)
+        return placed
+
+
+def apply_(model: nn.Module, ticket: Ticket | Sequence[Ticket]) -> Applied:
+    """Assign the ticket's values into `model`, in place; the handle's `revert()` restores every bit.
+
+    ticket: one, or several that share no entry. The model must be their base: whole (not ZeRO-3 partitions), with the
+    base's dtype and fingerprints. Everything is read and checked before the first write; ValueError leaves the model
+    as it was. Values in another dtype (fp32 tickets) are rounded to the weights'. Holds two values (one afterwards) and
+    an int64 position per active entry.
+    """
+    return _assign(model, _as_list(ticket), {})
+
+
+def exchange_(model: nn.Module, applied: Applied, ticket: Ticket | Sequence[Ticket]) -> Applied:
+    """Swap what `applied` put into `model` for other tickets of the same base, in place, without loading it again.
+
+    Returns the new handle, whose `revert()` restores the base; `applied` is spent. Bit for bit what reverting and
+    applying give, with `apply_`'s promises: the fingerprints are those of the model with the base's bits put back, and
+    ValueError leaves the model, and `applied`, as they were.
+    """
+    if applied._model is not model:
+        raise ValueError("expected the handle that apply_ returned for this very model, got one of another model")
+    handle = _assign(model, _as_list(ticket), applied._put_back(_parameters(model)))
+    applied._saved = None
+    return handle
 
 
 @torch.no_grad()
-def apply_(model: nn.Module, ticket: Ticket) -> Applied:
-    """Assign the ticket's values into `model`, in place; the handle's `revert()` restores every bit.
-
-    The model must be the ticket's base: whole (not ZeRO-3 partitions), with the base's dtype and fingerprints. All
-    tensors are checked before the first is written; ValueError leaves the model as it was. Values in another dtype
-    (fp32 tickets) are rounded to the weights'. Holds one saved value and an int64 position per active entry.
-    """
+def _assign(
+    model: nn.Module, tickets: Sequence[Ticket], put_back: Mapping[str, tuple[Tensor, Tensor, Tensor]]
+) -> Applied:
+    """Check all, then write: `put_back` first, the tickets' values after it."""
     parameters = _parameters(model)
-    for name in ticket.names:
-        if name not in parameters:
-            raise ValueError(f"the ticket names {name}, which the model does not have" + _nearest(name, parameters))
-        _check(ticket.mask, name, parameters[name].detach())
+    _check_disjoint(tickets)
+    writes = []
+    for ticket in tickets:
+        for name in ticket.names:
+            if name not in parameters:
+                raise ValueError(f"the ticket names {name}, which the model does not have" + _nearest(name, parameters))
+            _check(ticket.mask, name, parameters[name].detach(), put_back.get(name))
+            if ticket.mask.active(name):
+                flat = _flat(parameters[name])
+                positions = ticket.mask.indices(name).to(flat.device)
+                writes.append((name, flat, positions, ticket.values(name).to(flat.device, flat.dtype)))
+    for flat, positions, bits in put_back.values():
+        flat.index_copy_(0, positions, bits)
     saved: dict[str, tuple[Tensor, Tensor]] = {}
-    for name in ticket.names:
-        if ticket.mask.active(name):
-            flat = _flat(parameters[name])
-            positions = ticket.mask.indices(name).to(flat.device)
-            saved[name] = positions, flat[positions]
-            flat.index_copy_(0, positions, ticket.values(name).to(flat.device, flat.dtype))
+    for name, flat, positions, values in writes:
+        entries = positions, flat[positions]
+        flat.index_copy_(0, positions, values)
+        if name in saved:  # another ticket, with other entries of this tensor
+            earlier_positions, earlier_bits = saved[name]
+            entries = torch.cat([earlier_positions, positions]), torch.cat([earlier_bits, entries[1]])
+        saved[name] = entries
     return Applied(model, saved)
 
 
@@ -122,11 +167,16 @@ def _apply_to_file(file: Path, tickets: Sequence[Ticket], out: Path, dtype: torc
     save_file(tensors, out, metadata=metadata)
 
 
-def _check(mask: Mask, name: str, tensor: Tensor) -> None:
+def _check(mask: Mask, name: str, tensor: Tensor, put_back: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
+    """ValueError unless `tensor`, with the bits of `put_back` in place, is the mask's base."""
     # Shape first: a ZeRO-3 partition would only give a meaningless fingerprint.
     mask.check_base(name, tuple(tensor.shape), str(tensor.dtype), None)
     if name in mask.base:
-        mask.check_base(name, tuple(tensor.shape), str(tensor.dtype), to_hex(fingerprint(_flat(tensor))))
+        found = fingerprint(_flat(tensor))
+        if put_back is not None:
+            flat, positions, bits = put_back
+            found = add(found, fingerprint_at(positions, bits), -fingerprint_at(positions, flat[positions]))
+        mask.check_base(name, tuple(tensor.shape), str(tensor.dtype), to_hex(found))
 
 
 def _check_disjoint(tickets: Sequence[Ticket]) -> None:
@@ -137,6 +187,10 @@ def _check_disjoint(tickets: Sequence[Ticket]) -> None:
                 raise ValueError(
                     f"two tickets share {shared} entries, so neither can be applied as it is: merge them first"
                 )
+
+
+def _as_list(ticket: Ticket | Sequence[Ticket]) -> Sequence[Ticket]:
+    return [ticket] if isinstance(ticket, Ticket) else list(ticket)
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lota.apply import apply_, apply_to_checkpoint
+from lota.apply import apply_, apply_to_checkpoint, exchange_
 from lota.ticket import BaseTensor, Mask, Ticket, fingerprint, to_hex
 
 SHAPES = {"first.weight": (7, 5), "second.weight": (3, 7)}
@@ -60,7 +60,7 @@ def test_active_entries_get_the_values_and_revert_restores_all_bits(dtype: torch
     applied.revert()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)), name
-    with pytest.raises(ValueError, match="reverted already"):
+    with pytest.raises(ValueError, match="it was reverted"):
         applied.revert()
 
 
@@ -90,6 +90,83 @@ def test_a_wrong_base_is_refused_before_anything_is_written() -> None:
     apply_(twice, ticket)
     with pytest.raises(ValueError, match="already changed"):
         apply_(twice, ticket)
+
+
+def same_bits(model: nn.Module, expected: dict[str, Tensor]) -> bool:
+    return all(torch.equal(t.view(torch.uint8), expected[name].view(torch.uint8)) for name, t in state(model).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_exchange_is_revert_and_apply_bit_for_bit(dtype: torch.dtype) -> None:
+    model = Model(dtype)
+    with torch.no_grad():
+        model.first.weight.view(-1)[:2] = torch.tensor([-0.0, float("nan")])
+    base = state(model)
+    tickets = [make_ticket(model, seed) for seed in (1, 2, 3)]  # they share entries
+    expected = []
+    for ticket in tickets:
+        applied = apply_(model, ticket)
+        expected.append(state(model))
+        applied.revert()
+    assert not same_bits(model, expected[0])
+    handle = apply_(model, tickets[0])
+    for number in (1, 2, 0, 0):
+        spent, handle = handle, exchange_(model, handle, tickets[number])
+        assert same_bits(model, expected[number])
+        with pytest.raises(ValueError, match="exchanged for another"):
+            spent.revert()
+    handle.revert()
+    assert same_bits(model, base)
+    with pytest.raises(ValueError, match="it was reverted"):
+        exchange_(model, handle, tickets[0])
+
+
+def test_exchange_refuses_what_apply_refuses_and_leaves_model_and_handle_alone() -> None:
+    model = Model(torch.bfloat16)
+    base, ticket = state(model), make_ticket(model)
+    handle = apply_(model, ticket)
+    applied = state(model)
+    with pytest.raises(ValueError, match=r"first\.weight.*fingerprint"):
+        exchange_(model, handle, make_ticket(Model(torch.bfloat16, seed=7)))
+    with pytest.raises(ValueError, match="another model"):
+        exchange_(Model(torch.bfloat16), handle, ticket)
+    frozen = int((~ticket.mask.dense("second.weight")).flatten().nonzero()[0])
+    with torch.no_grad():  # a frozen entry moved while the ticket was on: the base is not under it any more
+        model.second.weight.view(-1)[frozen] += 1
+    with pytest.raises(ValueError, match=r"second\.weight.*fingerprint"):
+        exchange_(model, handle, ticket)
+    with torch.no_grad():
+        model.second.weight.view(-1)[frozen] = base["second.weight"].view(-1)[frozen]
+    assert same_bits(model, applied)
+    handle.revert()
+    assert same_bits(model, base)
+
+
+def test_several_tickets_go_on_and_off_together_when_they_share_no_entry() -> None:
+    model = Model(torch.bfloat16)
+    base, one = state(model), make_ticket(model)
+    rest = Mask.from_dense({name: ~one.mask.dense(name) for name in SHAPES}, one.mask.base)
+    other = Ticket(rest, {name: torch.full((rest.active(name),), 2.0, dtype=torch.bfloat16) for name in SHAPES})
+    handle = apply_(model, [one, other])
+    for name in SHAPES:
+        expected = torch.full(SHAPES[name], 2.0, dtype=torch.bfloat16)
+        expected[one.mask.dense(name)] = one.values(name)
+        assert torch.equal(model.get_parameter(name), expected)
+    handle = exchange_(model, handle, other)
+    active = one.mask.dense("first.weight")
+    assert torch.equal(model.first.weight[active], base["first.weight"][active])
+    handle.revert()
+    assert same_bits(model, base)
+    with pytest.raises(ValueError, match=r"share \d+ entries"):
+        apply_(model, [one, one])
+
+
+def test_a_cast_model_cannot_take_its_bits_back() -> None:
+    model = Model(torch.float32)
+    handle = apply_(model, make_ticket(model))
+    model.bfloat16()
+    with pytest.raises(ValueError, match="Load the base again"):
+        handle.revert()
 
 
 def save_checkpoint(model: nn.Module, path: Path) -> None:
