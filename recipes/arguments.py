@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from trl import SFTConfig, TrlParser
 
 from lota.selection import validate_budget, validate_density
 from lota.ticket import Mask
+from recipes.data_arguments import DataArguments, did_you_mean
 
 DS_CONFIG_PATH = Path(__file__).resolve().parents[1] / "ds_configs" / "zero3.json"
 METHODS = ("lota", "full")
@@ -26,8 +26,8 @@ DEFAULT_CALIBRATION_STEPS = 200
 
 
 @dataclass
-class SourceArguments:
-    """Model and data, the options that training and evaluation share."""
+class SourceArguments(DataArguments):
+    """Data and model, the options that training and evaluation share."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Base model: a folder or a name on the hub."}
@@ -35,25 +35,10 @@ class SourceArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
 
-    train_file: str | None = field(default=None, metadata={"help": "Local .jsonl with one example a line."})
-    eval_file: str | None = field(default=None, metadata={"help": "Local .jsonl for the answer loss, same fields."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the hub, instead of train_file."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration name."})
-    train_split: str = field(default="train", metadata={"help": "Split of dataset_name to train on."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split of dataset_name for the answer loss."})
-    prompt_field: str | None = field(default=None, metadata={"help": "Field that is the prompt (default: prompt)."})
-    completion_field: str | None = field(
-        default=None, metadata={"help": "Field that is the answer to learn (default: completion)."}
-    )
-    prompt_template: str | None = field(
-        default=None, metadata={"help": "Instead of prompt_field: text with {field} names, '{{' for a brace."}
-    )
-    completion_template: str | None = field(default=None, metadata={"help": "Likewise, instead of completion_field."})
-
 
 @dataclass
 class LotaArguments(SourceArguments):
-    """Model, data, and what is LoTA's own. None means: not given, the default in the help applies."""
+    """Data, model, and what is LoTA's own. None means: not given, the default in the help applies."""
 
     method: str = field(
         default="lota", metadata={"help": "lota (calibrate, select, train a ticket) or full (all weights)."}
@@ -103,8 +88,7 @@ def parse(argv: list[str] | None = None) -> tuple[LotaArguments, RecipeConfig]:
     known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
     for name in [*_keys_of_config(argv), *(a[2:].split("=")[0] for a in argv if a.startswith("--"))]:
         if name not in known | {"config", "env", "local_rank"}:
-            close = difflib.get_close_matches(name, known, 1)
-            raise ValueError(f"unknown option {name!r}" + (f". Did you mean {close[0]!r}?" if close else ""))
+            raise ValueError(f"unknown option {name!r}" + did_you_mean(name, known))
     lota_args, config = parser.parse_args_and_config(argv)
     return lota_args, config
 
@@ -202,8 +186,7 @@ def _check_stage(config: RecipeConfig) -> None:
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        close = difflib.get_close_matches(str(value), choices, 1)
-        hint = f". Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(value, choices)
         if (name, value) == ("method", "lora"):
             hint = ": the LoRA baseline is not part of this version"
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")

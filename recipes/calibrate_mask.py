@@ -27,7 +27,7 @@ def main() -> None:
     started = time.monotonic()
     args, config = parse()
     notes = validate(args, config, mask_only=True)
-    sets = data.load(args)
+    sets = data.load(args, config.seed)
     folder = RunFolder(config.output_dir)
     folder.write_config(args, config)
     for note in notes:

@@ -1,85 +1,164 @@
-"""From files or the hub to prompt and completion, the two columns that TRL's completion-only loss knows."""
+"""From files or the hub to the columns that TRL trains on: the one front of all recipes that need rows.
+
+    sets = data.load(args, seed)                      # SFT: prompt and completion, messages, or text
+    sets = data.load(args, seed, is_preference=True)  # DPO: prompt, chosen and rejected, or chosen and rejected alone
+
+Columns come from fields of the same name, or from `X_field` and `X_template` with X one of prompt, completion,
+messages, text, chosen, rejected. Preferences whose chosen and rejected are whole conversations have no prompt column:
+TRL takes out of them what they have in common. docs/data.md shows every form.
+"""
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterable, Mapping
+import hashlib
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import chain
 from pathlib import Path
-from string import Formatter
-from typing import Any
+from typing import Any, NamedTuple
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, concatenate_datasets, disable_progress_bars
+from datasets.exceptions import DatasetGenerationError
 
-from recipes.arguments import SourceArguments
+from recipes import data_files, data_forms, mixture
+from recipes.data_arguments import DataArguments, Part, Source, parts
+from recipes.data_files import Row, read_jsonl
+from recipes.data_forms import Form
+from recipes.run_folder import rank, say
+
+__all__ = ["Sets", "describe", "load", "read_jsonl"]
 
 
-def load(args: SourceArguments) -> tuple[Dataset, Dataset | None]:
-    """Training and evaluation sets with columns prompt and completion. Every rank; ValueError for what is missing."""
-    if (args.train_file is None) == (args.dataset_name is None):
-        raise ValueError("give either train_file (a local .jsonl) or dataset_name (on the hub)")
-    prompt = _template("prompt", args.prompt_field, args.prompt_template)
-    completion = _template("completion", args.completion_field, args.completion_template)
-    if args.train_file is not None:
-        if args.eval_split is not None:
-            raise ValueError("eval_split belongs to dataset_name; with train_file give eval_file")
-        train = _fill(read_jsonl(args.train_file), prompt, completion, args.train_file)
+class Sets(NamedTuple):
+    """What a run trains and is evaluated on."""
+
+    train: Dataset
+    evaluation: Dataset | None
+
+
+def load(args: DataArguments, seed: int = 0, is_preference: bool = False) -> Sets:
+    """The rows of a run, mixed and set aside by `seed` as `args` says. Every rank alike; ValueError for bad input."""
+    if rank() > 0 or not sys.stderr.isatty():
+        disable_progress_bars()
+    found = parts(args)
+    firsts = [_first(_files(part.source, "train")) for part in found]
+    forms = [
+        data_forms.choose_form(part.source, row, place, is_preference) for part, (place, row) in zip(found, firsts)
+    ]
+    forms = data_forms.one_form(forms, [part.source.describe() for part in found])
+    train = [_build(part.source, "train", form) for part, form in zip(found, forms)]
+    evaluation = [_build(part.source, "eval", form) for part, form in zip(found, forms) if _files(part.source, "eval")]
+    if args.eval_rows is not None or args.eval_fraction is not None:
+        train, evaluation = _set_aside(args, found, train, seed)
+    return Sets(_mix(args, found, train, seed), concatenate_datasets(evaluation) if evaluation else None)
+
+
+def describe(args: DataArguments) -> str | list[dict[str, Any]]:
+    """The training data's names (and weights), for a ticket's provenance."""
+    found = parts(args)
+    if args.mixture is None:
+        return found[0].source.describe()
+    return [{"data": part.source.describe(), "weight": part.weight} for part in found]
+
+
+Files = tuple[str, ...]
+"""("file", path, ...) or ("hub", name, configuration or "", split)."""
+
+
+def _files(source: Source, which: str) -> Files:
+    """Where the rows for training or for evaluation are; empty where there are none for evaluation."""
+    patterns = source.train_file if which == "train" else source.eval_file
+    if patterns is not None:
+        return ("file", *map(str, data_files.find_files(patterns)))
+    split = source.train_split if which == "train" else source.eval_split
+    if source.dataset_name is None or split is None:
+        return ()
+    return ("hub", source.dataset_name, source.dataset_config or "", split)
+
+
+def _rows(files: Files) -> Iterator[Row]:
+    kind, *where = files
+    if kind == "hub":
+        name, config, split = where
+        return data_files.hub_rows(name, config or None, split)
+    return chain.from_iterable(data_files.file_rows(Path(path)) for path in where)
+
+
+def _first(files: Files) -> Row:
+    row = next(_rows(files), None)
+    if row is None:
+        raise ValueError(f"{', '.join(files[1:])} holds no rows")
+    return row
+
+
+def _build(source: Source, which: str, form: Form) -> Dataset:
+    """The columns of all rows, in a file of the cache of `datasets`; the first rank there writes it."""
+    files = _files(source, which)
+    times = [Path(path).stat().st_mtime_ns for path in files[1:]] if files[0] == "file" else []
+    try:
+        # `datasets` knows a function by its name only, so files and code are named in what it hashes.
+        return Dataset.from_generator(
+            _generate,
+            features=form.features,
+            gen_kwargs={"files": files, "form": form, "times": times, "code": _code_digest()},
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise
+    except ValueError as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{', '.join(files[1:])} holds no rows") from None
+        raise
+
+
+def _generate(files: Files, form: Form, times: list[int], code: str) -> Iterator[dict[str, Any]]:
+    for place, row in _rows(files):
+        yield data_forms.columns(row, form, place)
+
+
+def _code_digest() -> str:
+    modules = (data_files, data_forms)
+    return hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()
+
+
+def _set_aside(
+    args: DataArguments, found: list[Part], train: list[Dataset], seed: int
+) -> tuple[list[Dataset], list[Dataset]]:
+    """Take evaluation rows out of every set's training rows, before any of them is repeated."""
+    sizes = [len(rows) for rows in train]
+    if args.eval_fraction is not None:
+        fraction = Fraction(str(args.eval_fraction))
+        counts = [max(1, round(fraction * size)) for size in sizes]
     else:
-        rows = load_dataset(args.dataset_name, args.dataset_config, split=args.train_split)
-        train = _fill(rows, prompt, completion, f"{args.dataset_name} ({args.train_split})")
-    evaluation = None
-    if args.eval_file is not None:
-        evaluation = _fill(read_jsonl(args.eval_file), prompt, completion, args.eval_file)
-    elif args.eval_split is not None:
-        rows = load_dataset(args.dataset_name, args.dataset_config, split=args.eval_split)
-        evaluation = _fill(rows, prompt, completion, f"{args.dataset_name} ({args.eval_split})")
-    return train, evaluation
-
-
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """All rows of a .jsonl file; ValueError names the line that is not a JSON object."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no such file: {path}")
-    if path.suffix != ".jsonl":
-        raise ValueError(f"expected a .jsonl file (one JSON object a line), got {path}")
-    rows = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
-            rows.append(row)
-    return rows
-
-
-def _template(side: str, name: str | None, template: str | None) -> str:
-    if name is not None and template is not None:
-        raise ValueError(f"give {side}_field or {side}_template, not both")
-    if template is not None:
-        if not any(part[1] for part in Formatter().parse(template)):
-            raise ValueError(f"{side}_template names no field: write for example '{{question}}', got {template!r}")
-        return template
-    return "{" + (name or side) + "}"
-
-
-def _fill(rows: Iterable[Mapping[str, Any]], prompt: str, completion: str, source: str) -> Dataset:
-    names = {part[1] for text in (prompt, completion) for part in Formatter().parse(text) if part[1]}
-    columns: dict[str, list[str]] = {"prompt": [], "completion": []}
-    for number, row in enumerate(rows, start=1):
-        for name in sorted(names - set(row)):
-            close = difflib.get_close_matches(name, row, 1)
+        assert args.eval_rows is not None
+        counts = mixture.apportion(args.eval_rows, [Fraction(size, sum(sizes)) for size in sizes])
+    kept, aside = [], []
+    for number, (rows, count) in enumerate(zip(train, counts)):
+        if count >= len(rows):
             raise ValueError(
-                f"{source}, row {number} has no field {name!r}; it has {', '.join(map(repr, row))}"
-                + (f". Did you mean {close[0]!r}?" if close else "")
+                f"{found[number].source.describe()} holds {len(rows)} rows, and {count} for evaluation leave none to "
+                "train on: lower eval_rows or eval_fraction"
             )
-        columns["prompt"].append(prompt.format_map(row))
-        columns["completion"].append(completion.format_map(row))
-    if not columns["prompt"]:
-        raise ValueError(f"{source} holds no rows")
-    return Dataset.from_dict(columns)
+        stay, drawn = mixture.set_aside(len(rows), count, f"{seed} evaluation {number}")
+        kept.append(rows.select(stay))
+        aside += [rows.select(drawn)] if drawn else []
+    say(f"data: {sum(counts)} evaluation rows taken out of the training rows by seed {seed}")
+    return kept, aside
+
+
+def _mix(args: DataArguments, found: list[Part], train: list[Dataset], seed: int) -> Dataset:
+    """One set of the rows of an epoch, in the files' order where there is one source, else shuffled by seed."""
+    if args.mixture is None:
+        return train[0]
+    sizes = [len(rows) for rows in train]
+    weights = [part.weight for part in found if part.weight is not None]
+    counts = mixture.epoch_counts(sizes, weights, args.mixture_rows) if weights else sizes
+    chosen = []
+    for number, (rows, count) in enumerate(zip(train, counts)):
+        chosen.append(rows.select(mixture.choose(len(rows), count, f"{seed} mixture {number}")))
+        share = f"{count} of its {len(rows)} rows" if count <= len(rows) else f"{count} rows, of {len(rows)} repeated"
+        say(f"data: {found[number].source.describe()}: {share} in an epoch ({count / sum(counts):.2%})")
+    whole = concatenate_datasets(chosen)
+    return whole.select(mixture.shuffled(len(whole), f"{seed} mixture"))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from datasets import Dataset
-
 import lota
 from recipes.arguments import STATIC_SCORES, LotaArguments, RecipeConfig
+from recipes.data import Sets
 from recipes.phases import Phase, timed
 from recipes.run_folder import RunFolder, say
 
@@ -15,10 +14,10 @@ from recipes.run_folder import RunFolder, say
 def calibrate(
     args: LotaArguments,
     config: RecipeConfig,
-    data: tuple[Dataset, Dataset | None],
+    data: Sets,
     folder: RunFolder,
     seconds: dict[str, float],
-) -> tuple[lota.Mask, dict[str, Any], tuple[Dataset, Dataset | None]]:
+) -> tuple[lota.Mask, dict[str, Any], Sets]:
     """The mask, the same on every rank; facts for the summary; the data, the training set tokenized by now.
 
     Collective; the engine is gone afterwards.
@@ -29,7 +28,7 @@ def calibrate(
     if args.calibration_learning_rate is not None:
         changes["learning_rate"] = args.calibration_learning_rate
     # Scores of the gradient kind and of the weights leave the model alone: its loss would be the base's again.
-    evaluation = data[1] if args.score == "task_vector" else None
+    evaluation = data.evaluation if args.score == "task_vector" else None
     with (
         timed(seconds, "calibration"),
         lota.calibration_zero3(
@@ -42,12 +41,13 @@ def calibrate(
             seed=config.seed,
         ) as run,
     ):
-        phase = Phase("calibrate", args, config, (data[0], evaluation), folder, **changes)
+        phase = Phase("calibrate", args, config, Sets(data.train, evaluation), folder, **changes)
         facts = phase.run()
     with timed(seconds, "selection"):
         mask = run.mask()
     report = run.report()
-    data = (phase.prepared, data[1])
+    # Packed rows would be packed again, their boundaries lost; `datasets` finds the tokenized rows in its cache.
+    data = data if config.packing else Sets(phase.prepared, data.evaluation)
     phase.close()
     if args.score in STATIC_SCORES:
         facts = {"seconds": facts["seconds"]}

@@ -34,7 +34,7 @@ def main() -> None:
     started = time.monotonic()
     args, config = parse()
     notes = validate(args, config)
-    sets = data.load(args)
+    sets = data.load(args, config.seed)
     folder = RunFolder(config.output_dir)
     folder.write_config(args, config)
     for note in notes:
@@ -96,7 +96,7 @@ def train_ticket(
                 "model": args.model_name_or_path,
                 "revision": args.model_revision,
                 "score": args.score or "from a mask",
-                "data": args.train_file or args.dataset_name,
+                "data": data.describe(args),
                 "steps": facts["steps"],
                 "learning_rate": config.learning_rate,
                 "versions": versions(),

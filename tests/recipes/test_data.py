@@ -46,12 +46,12 @@ def test_prompt_and_completion_are_the_default_fields(tmp_path: Path) -> None:
         (
             [*ROWS],
             {"prompt_field": "questoin", "completion_field": "answer"},
-            "row 1 has no field 'questoin'.*Did you mean 'question'",
+            "line 1 has no field 'questoin'.*Did you mean 'question'",
         ),
         (
             [ROWS[0], {"question": "x"}],
             {"prompt_field": "question", "completion_field": "answer"},
-            "row 2 has no field",
+            "line 2 has no field",
         ),
         ([], {}, "holds no rows"),
         (["text"], {}, "line 1: expected a JSON object, got str"),
@@ -69,9 +69,9 @@ def test_refusals(tmp_path: Path, rows: list[object], options: dict[str, str], m
 def test_files_that_are_not_there_or_not_jsonl(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         load(LotaArguments(train_file=str(tmp_path / "none.jsonl")))
-    (tmp_path / "a.csv").write_text("a,b\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"expected a \.jsonl"):
-        load(LotaArguments(train_file=str(tmp_path / "a.csv")))
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prompt"\n', encoding="utf-8")
+    (tmp_path / "a.txt").write_text("a,b\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"expected a \.jsonl, \.json, \.csv or \.parquet file"):
+        load(LotaArguments(train_file=str(tmp_path / "a.txt")))
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "completion": "y"}\n{"prompt"\n', encoding="utf-8")
     with pytest.raises(ValueError, match="line 2: not JSON"):
         load(LotaArguments(train_file=str(tmp_path / "bad.jsonl")))
