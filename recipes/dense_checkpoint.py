@@ -10,11 +10,11 @@ from typing import Any
 
 import deepspeed
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lota.apply import apply_to_checkpoint
+from lota.checkpoint import apply_to_checkpoint
+from lota.folder import locate
 from lota.ticket import Ticket
 from recipes.arguments import LotaArguments
 from recipes.phases import load_tokenizer
@@ -26,19 +26,13 @@ SHARD_BYTES = 4 << 30
 def base_folder(args: LotaArguments) -> Path:
     """The folder of the base's safetensors files; a model on the hub is downloaded, or found where it was cached."""
     assert args.model_name_or_path is not None
-    if Path(args.model_name_or_path).is_dir():
-        return Path(args.model_name_or_path)
-    return Path(
-        snapshot_download(
-            args.model_name_or_path, revision=args.model_revision, allow_patterns=["*.safetensors", "*.json", "*.model"]
-        )
-    )
+    return locate(args.model_name_or_path, args.model_revision)
 
 
 def save_applied(args: LotaArguments, dtype: torch.dtype, ticket_path: Path, path: Path) -> None:
     """Write the base, cast to `dtype`, with the ticket's values assigned. Rank 0 works, the others wait."""
     if rank() == 0:
-        apply_to_checkpoint(base_folder(args), [Ticket.load(ticket_path)], path, dtype=dtype)
+        apply_to_checkpoint(base_folder(args), [Ticket.load(ticket_path)], path, dtype=dtype, say=say)
         say(f"merged model in {path}")
     barrier()
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lota.apply import apply_, apply_to_checkpoint, exchange_
+from lota.apply import apply_, exchange_
 from lota.ticket import BaseTensor, Mask, Ticket, fingerprint, to_hex
 
 SHAPES = {"first.weight": (7, 5), "second.weight": (3, 7)}
@@ -167,70 +163,3 @@ def test_a_cast_model_cannot_take_its_bits_back() -> None:
     model.bfloat16()
     with pytest.raises(ValueError, match="Load the base again"):
         handle.revert()
-
-
-def save_checkpoint(model: nn.Module, path: Path) -> None:
-    """Two weight files, as larger models have."""
-    path.mkdir()
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(
-        {n: t for n, t in tensors.items() if "first" in n}, path / "model-00001-of-00002.safetensors", {"format": "pt"}
-    )
-    save_file({n: t for n, t in tensors.items() if "second" in n}, path / "model-00002-of-00002.safetensors")
-    (path / "config.json").write_text(json.dumps({"dtype": "float32", "hidden": 5}), encoding="utf-8")
-    (path / "pytorch_model.bin").write_bytes(b"another format of the same weights would be stale")
-
-
-def load_checkpoint(path: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def test_checkpoint_equals_the_live_model(tmp_path: Path) -> None:
-    model = Model(torch.bfloat16)
-    save_checkpoint(model, tmp_path / "base")
-    ticket = make_ticket(model)
-    apply_to_checkpoint(tmp_path / "base", [ticket], tmp_path / "out")
-    apply_(model, ticket)
-    written = load_checkpoint(tmp_path / "out")
-    assert set(written) == set(model.state_dict())
-    assert all(torch.equal(tensor, written[name]) for name, tensor in model.state_dict().items())
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
-        "config.json",
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
-    ]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "out"]
-
-
-def test_checkpoint_is_cast_first_where_the_ticket_was_trained_on_a_cast_base(tmp_path: Path) -> None:
-    save_checkpoint(Model(torch.float32), tmp_path / "base")
-    cast = Model(torch.float32).bfloat16()
-    ticket = make_ticket(cast)
-    with pytest.raises(ValueError, match="bfloat16, got"):
-        apply_to_checkpoint(tmp_path / "base", [ticket], tmp_path / "out")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["base"]
-    apply_to_checkpoint(tmp_path / "base", [ticket], tmp_path / "out", dtype=torch.bfloat16)
-    apply_(cast, ticket)
-    written = load_checkpoint(tmp_path / "out")
-    assert all(torch.equal(tensor, written[name]) for name, tensor in cast.state_dict().items())
-    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8")) == {
-        "dtype": "bfloat16",
-        "hidden": 5,
-    }
-
-
-def test_checkpoint_refusals(tmp_path: Path) -> None:
-    model = Model(torch.bfloat16)
-    save_checkpoint(model, tmp_path / "base")
-    ticket = make_ticket(model)
-    with pytest.raises(ValueError, match="exists already"):
-        apply_to_checkpoint(tmp_path / "base", [ticket], tmp_path / "base")
-    with pytest.raises(ValueError, match=r"share \d+ entries"):
-        apply_to_checkpoint(tmp_path / "base", [ticket, ticket], tmp_path / "out")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no \.safetensors file"):
-        apply_to_checkpoint(tmp_path / "empty", [ticket], tmp_path / "out")
-    (tmp_path / "base" / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"second\.weight"):
-        apply_to_checkpoint(tmp_path / "base", [ticket], tmp_path / "out")
-    assert not (tmp_path / "out").exists()

@@ -12,6 +12,8 @@ import torch
 
 from lota.cli import COMMANDS, main
 from lota.ticket import Mask, Ticket
+from tests.test_apply import Model, make_ticket
+from tests.test_checkpoint import load_checkpoint, same, save_checkpoint
 
 SHAPES = {
     "model.layers.0.self_attn.q_proj.weight": (8, 8),
@@ -72,6 +74,22 @@ def test_a_damaged_ticket_is_one_line_on_stderr_and_exit_code_2(
     assert main(["inspect", str(ticket)]) == 0  # values are checked when they are read
     assert main(["inspect", str(ticket), "--verify"]) == 2
     assert "sha256" in capsys.readouterr().err
+
+
+def test_apply_and_revert_on_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Model(torch.bfloat16)
+    save_checkpoint(model, tmp_path / "base")
+    make_ticket(model).save(tmp_path / "ticket")
+    base, ticket, out, again = (str(tmp_path / name) for name in ("base", "ticket", "out", "again"))
+    assert main(["apply", "--base", base, ticket, "--out", out]) == 0
+    assert main(["revert", "--tuned", out, ticket, "--out", again]) == 0
+    captured = capsys.readouterr()
+    assert "every tensor has the base's fingerprint" in captured.out and "file 2 of 2" in captured.err
+    assert same(load_checkpoint(tmp_path / "again"), load_checkpoint(tmp_path / "base"))
+    assert main(["apply", "--base", base, ticket, "--out", out]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["apply", "--base", str(tmp_path / "none"), ticket, "--out", out]) == 2
+    assert "no such folder" in capsys.readouterr().err
 
 
 HELP = """

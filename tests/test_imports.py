@@ -18,8 +18,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "zero": {"ticket", "kernels"},
     "optim": {"ticket", "kernels"},
     "apply": {"ticket", "kernels"},
+    "card": {"ticket"},
+    "architecture": set(),
+    "folder": set(),
+    "checkpoint": {"apply", "folder", "card", "architecture", "ticket", "kernels"},
     "merge": {"ticket", "kernels"},
-    "export": {"ticket", "kernels"},
+    "export": {"checkpoint", "apply", "folder", "card", "architecture", "ticket", "kernels"},
     "seams": {"selection", "zero", "ticket", "kernels"},
 }
 # The front door re-exports the rooms; the command line joins them.

@@ -10,9 +10,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lota.cli import inspect
+from lota.cli import apply, inspect, revert
 
-COMMANDS = (inspect,)
+COMMANDS = (inspect, apply, revert)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,144 @@
+"""Model cards: the README.md, with the hub's YAML front matter, of a ticket and of what is made from one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lota.ticket import Manifest, Mask, Ticket, read_manifest
+
+CARD_NAME = "README.md"
+_MARK = "<!-- written by lota -->"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PAPER = "[LoTA](https://arxiv.org/abs/2406.16797)"
+
+
+def write_ticket_card(path: str | os.PathLike[str], facts: Mapping[str, Any] | None = None) -> None:
+    """Put a card into the ticket directory `path`, in place of an earlier one. facts: further rows of its table."""
+    path = Path(path)
+    temporary = path / f".{CARD_NAME}.partial"
+    temporary.write_text(ticket_card(read_manifest(path), facts), encoding="utf-8")
+    os.replace(temporary, path / CARD_NAME)
+
+
+def ticket_card(manifest: Manifest, facts: Mapping[str, Any] | None = None) -> str:
+    """The card of a ticket: what it is, of which base, how it was made, how to apply and revert it."""
+    provenance = manifest.provenance
+    base = str(provenance.get("model") or "its base model")
+    density = manifest.num_active / manifest.eligible if manifest.eligible else 0.0
+    dtypes = sorted({record.base.dtype for record in manifest.tensors if record.base})
+    rows = {
+        "base": _base_text(provenance),
+        "base weights": ", ".join(dtypes) + (", fingerprinted tensor by tensor" if dtypes else "not recorded"),
+        "density": f"{density:.6g}",
+        "active entries": f"{manifest.num_active:,} of {manifest.eligible:,} in {len(manifest.tensors)} tensors",
+        "changed entries": None if manifest.num_changed is None else f"{manifest.num_changed:,}",
+        **{key: value for key, value in provenance.items() if key not in ("model", "revision", "versions")},
+        **(facts or {}),
+        "versions": provenance.get("versions"),
+    }
+    dtype = f", dtype=torch.{dtypes[0]}" if len(dtypes) == 1 else ""
+    undo = (
+        "It holds the base's values too, so `lota revert --tuned MERGED TICKET --out BASE` makes the base again from "
+        "a merged folder."
+        if manifest.has_base_values
+        else "It holds no base values: keep the base to return to it."
+    )
+    return f"""{front_matter(provenance, "lota", "adapter")}
+# A lottery ticket for {base}
+
+{density:.3%} of the eligible weights of {base}, with their new values; every other weight of the model stays the
+base's, bit for bit ({_PAPER}).
+
+{_table(rows)}
+
+## Apply and revert
+
+```python
+import lota, torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}"{dtype})
+applied = lota.apply_(model, lota.Ticket.load("TICKET"))  # this folder; refuses any other base
+applied.revert()                                          # every bit as it was
+```
+
+    lota inspect TICKET
+    lota apply --base {base} TICKET --out MERGED
+    lota export TICKET --base {base} --format peft --out ADAPTER
+
+{undo}
+"""
+
+
+def merged_card(tickets: Sequence[Ticket], config: Mapping[str, Any]) -> str:
+    """The card of a checkpoint with tickets applied. config: the base's config.json."""
+    provenance = tickets[0].provenance if tickets else {}
+    rows = {
+        "base": _base_text(provenance),
+        "model type": config.get("model_type"),
+        "entries assigned": f"{sum(ticket.num_active for ticket in tickets):,}",
+    }
+    for number, ticket in enumerate(tickets, 1):
+        rows[f"ticket {number}"] = f"{_of(ticket.mask)}; " + _plain(
+            {key: value for key, value in ticket.provenance.items() if key not in ("model", "revision", "versions")}
+        )
+    return f"""{front_matter(provenance, "transformers", "finetune")}
+# {provenance.get("model") or "A base model"} with {len(tickets)} lottery ticket{"s" * (len(tickets) != 1)} applied
+
+The base model with the entries below assigned; every other weight is the base's, bit for bit ({_PAPER}). It loads as
+any transformers model. With the ticket, `lota revert --tuned THIS TICKET --out BASE` makes the base again.
+
+{_table(rows)}
+"""
+
+
+def is_card(text: str) -> bool:
+    """Whether a README.md is one of these."""
+    return _MARK in text
+
+
+def front_matter(provenance: Mapping[str, Any], library: str, relation: str) -> str:
+    """The YAML of a card. base_model and datasets only where they are names on the hub, which refuses local paths."""
+    lines = ["---"]
+    base, data = provenance.get("model"), provenance.get("data")
+    if _is_on_hub(base):
+        lines += [f"base_model: {base}", f"base_model_relation: {relation}"]
+    if _is_on_hub(data):
+        lines += ["datasets:", f"- {data}"]
+    lines += [f"library_name: {library}", "tags:", "- lota", "- lottery-ticket", "- sparse-fine-tuning"]
+    return "\n".join([*lines, "# license: yours to choose; the base model's terms apply", "---", "", _MARK])
+
+
+def _base_text(provenance: Mapping[str, Any]) -> str | None:
+    base, revision = provenance.get("model"), provenance.get("revision")
+    if base is None:
+        return None
+    return f"{base}, revision {revision}" if revision and _is_on_hub(base) else str(base)
+
+
+def _is_on_hub(name: Any) -> bool:
+    return isinstance(name, str) and bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists()
+
+
+def _of(mask: Mask) -> str:
+    return f"density {mask.density:.6g}, {mask.num_active:,} of {mask.eligible:,} entries"
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    """A Markdown table; rows without a value are left out."""
+    lines = [f"| {key.replace('_', ' ')} | {_plain(value)} |" for key, value in rows.items() if value is not None]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key.replace('_', ' ')} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.replace("|", "\\|").replace("\n", " ")

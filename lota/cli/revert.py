@@ -1,0 +1,41 @@
+"""`lota revert`: a checkpoint with tickets applied becomes its base again, bit for bit."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lota.cli.apply import say
+from lota.cli.parsers import add_command
+
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "revert",
+        run,
+        summary="make the base again from a checkpoint that carries tickets",
+        text="""
+Write the checkpoint folder OUT: TUNED with the base values that the tickets hold put back.
+
+It is checked first that every entry of the tickets has the ticket's value, and then that every tensor has the base's
+fingerprint, so OUT is the base bit for bit, or is not written. Give all the tickets that were applied.""",
+        examples="""
+lota revert --tuned llama-gsm8k runs/gsm8k/ticket --out llama-again""",
+    )
+    parser.add_argument("--tuned", required=True, help="the checkpoint folder that `lota apply` wrote")
+    parser.add_argument("tickets", type=Path, nargs="+", metavar="TICKET", help="ticket directories")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist, or be empty")
+
+
+def run(args: argparse.Namespace) -> None:
+    from lota.checkpoint import revert_checkpoint
+    from lota.folder import locate
+    from lota.ticket import Ticket
+
+    tickets = [Ticket.load(path) for path in args.tickets]
+    revert_checkpoint(locate(args.tuned), tickets, args.out, say=say)
+    verified = all(ticket.mask.base for ticket in tickets)
+    checked = "every tensor has the base's fingerprint" if verified else "no fingerprints to check it against"
+    print(f"{args.out}: the base again, {checked}")
