@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,43 +15,86 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """loss: nats per answer token, over all tokens. exact: part of the rows whose every answer token is predicted."""
+    """Per row: nats over its answer, its answer tokens, and whether every one of them is the model's first choice."""
 
-    loss: float
-    exact: float
-    num_rows: int
+    row_losses: tuple[float, ...]
+    row_tokens: tuple[int, ...]
+    row_exact: tuple[bool, ...]
+
+    @property
+    def loss(self) -> float:
+        """Nats per answer token, over all tokens."""
+        return math.fsum(self.row_losses) / max(sum(self.row_tokens), 1)
+
+    @property
+    def exact(self) -> float:
+        """Part of the rows whose every answer token is predicted."""
+        return sum(self.row_exact) / max(self.num_rows, 1)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_exact)
 
 
 @torch.no_grad()
 def score_answers(
-    model: torch.nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, str]], batch_rows: int = 128
+    model: torch.nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    batch_rows: int = 128,
+    progress: Callable[[int], Any] = lambda _: None,
 ) -> AnswerScore:
-    """Score `rows` (prompt, completion; the end token belongs to the answer), in the model's dtype, logits in fp32.
+    """Score `rows` (prompt, completion; the end token belongs to the answer), in the model's dtype, losses in fp32.
 
     Exact match under teacher forcing is exact match of greedy decoding: greedy decoding leaves the reference at the
-    first token that teacher forcing gets wrong, and not before.
+    first token that teacher forcing gets wrong, and not before. progress: called with the rows of each batch done.
     """
     was_training = model.training
     model.eval()
-    encoded = [_encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
-    loss_sum, num_tokens, num_exact = 0.0, 0, 0
+    encoded = [encode(tokenizer, row) for row in rows]
+    losses: list[float] = []
+    tokens: list[int] = []
+    exact: list[bool] = []
     for start in range(0, len(encoded), batch_rows):
         input_ids, labels = collate(encoded[start : start + batch_rows], tokenizer.pad_token_id)
         device = next(model.parameters()).device
-        logits = model(input_ids=input_ids.to(device)).logits[:, :-1].float()
-        targets = labels[:, 1:].to(device)
+        logits = model(input_ids=input_ids.to(device)).logits[:, :-1]
+        targets = labels[:, 1:].to(logits.device)
         counted = targets != IGNORED
-        loss_sum += float(torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="sum"))
-        num_tokens += int(counted.sum())
-        num_exact += int(((logits.argmax(-1) == targets) | ~counted).all(1).sum())
+        nats = torch.zeros(targets.shape, dtype=torch.float64, device=logits.device)
+        # Only the answer's logits are cast: with a large vocabulary the prompt's would take more than the model.
+        nats[counted] = torch.nn.functional.cross_entropy(
+            logits[counted].float(), targets[counted], reduction="none"
+        ).double()
+        losses += nats.sum(1).tolist()
+        tokens += counted.sum(1).tolist()
+        exact += ((logits.argmax(-1) == targets) | ~counted).all(1).tolist()
+        progress(input_ids.shape[0])
     model.train(was_training)
-    return AnswerScore(loss_sum / max(num_tokens, 1), num_exact / max(len(encoded), 1), len(encoded))
+    return AnswerScore(tuple(losses), tuple(tokens), tuple(exact))
 
 
-def _encode(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int]:
-    """Ids of prompt and completion with the end token, and how many belong to the prompt: as TRL does it."""
-    num_prompt = len(tokenizer(prompt)["input_ids"])
-    return [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id], num_prompt
+def encode(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], int]:
+    """Ids of prompt and completion, and how many belong to the prompt, as TRL does it.
+
+    Texts get the end token; messages get what the tokenizer's chat template puts there.
+    """
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str):
+        whole = [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]
+    else:
+        text = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return whole, len(encode_prompt(tokenizer, row))
+
+
+def encode_prompt(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
+    """Ids after which the model is to write the answer."""
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def collate(rows: Sequence[tuple[list[int], int]], padding: int) -> tuple[Tensor, Tensor]:

@@ -86,14 +86,25 @@ def parse(argv: list[str] | None = None) -> tuple[LotaArguments, RecipeConfig]:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = TrlParser((LotaArguments, RecipeConfig))
     known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
-    for name in [*_keys_of_config(argv), *(a[2:].split("=")[0] for a in argv if a.startswith("--"))]:
-        if name not in known | {"config", "env", "local_rank"}:
-            raise ValueError(f"unknown option {name!r}" + did_you_mean(name, known))
+    refuse_unknown([*keys_of_config(argv), *names_on_command_line(argv)], known | {"config", "env", "local_rank"})
     lota_args, config = parser.parse_args_and_config(argv)
     return lota_args, config
 
 
-def _keys_of_config(argv: list[str]) -> list[str]:
+def refuse_unknown(names: Sequence[str], known: set[str]) -> None:
+    """ValueError for the first option that nothing knows, with the nearest that something does."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}" + did_you_mean(name, known))
+
+
+def names_on_command_line(argv: Sequence[str]) -> list[str]:
+    """The options given as --name value or --name=value."""
+    return [word[2:].split("=")[0] for word in argv if word.startswith("--")]
+
+
+def keys_of_config(argv: list[str]) -> list[str]:
+    """The keys of the file given by --config; none without one."""
     if "--config" not in argv:
         return []
     import yaml
@@ -197,7 +208,7 @@ class _Unused:
 
     def __init__(self, args: LotaArguments, argv: list[str]) -> None:
         self.args = args
-        self.on_command_line = {word[2:].split("=")[0] for word in argv if word.startswith("--")}
+        self.on_command_line = set(names_on_command_line(argv))
         self.notes: list[str] = []
 
     def drop(self, reason: str, names: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
 
-from recipes.arguments import LotaArguments, RecipeConfig
+from recipes.arguments import LotaArguments, RecipeConfig, SourceArguments
 from recipes.run_folder import RunFolder, rank, say, world_size
 
 
@@ -106,7 +106,7 @@ def training_dtype(config: RecipeConfig) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
-def load_tokenizer(args: LotaArguments) -> Any:
+def load_tokenizer(args: SourceArguments) -> Any:
     """The base's tokenizer; one without a padding token pads with its end-of-text token."""
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.model_revision)
     if tokenizer.pad_token is None:

@@ -1,0 +1,215 @@
+"""Score a base model and tickets on it: local rows of prompt and answer, and tasks of lm-eval. One load for all.
+
+    one process   python recipes/evaluate.py --model_name_or_path BASE --tickets runs/a/ticket runs/b/ticket \\
+                    --eval_file test.jsonl --prompt_template "Question: {question}\\nAnswer:" \\
+                    --completion_template " {answer}" --metrics loss number --output results.json
+    a run's data  python recipes/evaluate.py --config recipes/configs/llama31_8b_gsm8k.yaml --tickets runs/gsm8k/ticket
+    lm-eval       python recipes/evaluate.py --model_name_or_path BASE --tickets runs/a/ticket --tasks gsm8k,arc_easy
+    several GPUs  torchrun --nproc-per-node 8 recipes/evaluate.py ...      (splits the rows; lm-eval takes one process)
+
+The base is scored too (--no_base leaves it out), then each ticket alone (--together: all of them at once, which must
+share no entry). Tickets are assigned into the loaded model and taken out again bit for bit. Results are written after
+every part; the same command again goes on where it stopped. docs/evaluation.md defines the metrics.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes run from the checkout, under any launcher
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from lota.ticket import Ticket
+from recipes import data
+from recipes.arguments import SourceArguments
+from recipes.evaluation_options import DTYPES, TRAINING_DATA, EvaluateArguments, decoding, parse, task_settings
+from recipes.harness import Harness
+from recipes.metrics import check_references
+from recipes.phases import load_tokenizer
+from recipes.run_folder import barrier, rank, say, versions, world_size
+from recipes.scoreboard import Scoreboard
+from recipes.scoring import RowSettings, Switch, check_fit, reference, score_rows
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The base with some tickets on it; none: the base itself."""
+
+    name: str
+    tickets: tuple[Ticket, ...]
+    digests: tuple[str, ...]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    _join_ranks()
+    how = RowSettings(tuple(args.metrics), decoding(args), args.batch_size, args.predictions)
+    rows = evaluation_rows(args)
+    candidates = list_candidates(args)
+    harness = Harness(args.tasks, task_settings(args)) if args.tasks else None
+    board = Scoreboard(args.output, _settings(args, rows), versions() | _eval_versions())
+    barrier()
+    entries = {candidate.name: board.entry(candidate.name, candidate.digests) for candidate in candidates}
+
+    def is_done(candidate: Candidate) -> bool:
+        entry = entries[candidate.name]
+        return (not rows or entry["rows"] is not None) and set(args.tasks) <= set(entry["tasks"])
+
+    todo = [candidate for candidate in candidates if not is_done(candidate)]
+    if len(todo) < len(candidates):
+        say(f"{len(candidates) - len(todo)} of {len(candidates)} models are in {args.output} already")
+    if todo:
+        model, tokenizer = load(args, candidates)
+        check_fit(model, tokenizer, rows, args.max_new_tokens if how.writes else 0)
+        with Switch(model) as switch:
+            for candidate in candidates:  # a ticket of another base should not be found after hours
+                switch.to(candidate.tickets)
+            for candidate in todo:
+                switch.to(candidate.tickets)
+                score(candidate, entries[candidate.name], model, tokenizer, rows, how, harness, board)
+    if rank() == 0:
+        print(board.table([candidate.name for candidate in candidates]), flush=True)
+        say(f"results in {args.output}")
+
+
+def score(
+    candidate: Candidate,
+    entry: dict[str, Any],
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    how: RowSettings,
+    harness: Harness | None,
+    board: Scoreboard,
+) -> None:
+    """Fill in what `entry` lacks, and write it after every part."""
+    if rows and entry["rows"] is None:
+        with _timed(entry, "rows"):
+            entry["rows"] = score_rows(model, tokenizer, rows, how, candidate.name)
+        _put(board, candidate, entry)
+    if harness is None:
+        return
+    for task in harness.tasks:
+        if task not in entry["tasks"]:
+            say(f"{candidate.name}: {task}")
+            with _timed(entry, task):
+                entry["tasks"][task] = harness.run(task, model, tokenizer, how.batch_rows)
+            _put(board, candidate, entry)
+
+
+def evaluation_rows(args: EvaluateArguments) -> list[dict[str, Any]]:
+    """The evaluation set as rows of prompt and completion; empty where only tasks are asked for."""
+    if not args.metrics:
+        return []
+    source = replace(args, train_file=None, eval_file=None, eval_split=None)
+    if args.eval_file is not None:
+        source = replace(source, train_file=args.eval_file, dataset_name=None, dataset_config=None)
+    else:
+        assert args.eval_split is not None
+        source = replace(source, train_split=args.eval_split)
+    found, _ = data.load(source)
+    rows = list(found)[: args.limit]
+    check_references(args.metrics, [reference(row) for row in rows])
+    return rows
+
+
+def list_candidates(args: EvaluateArguments) -> list[Candidate]:
+    """The base, then the tickets: alone, or together. Opens every ticket; ValueError for what is none."""
+    paths = args.tickets or []
+    if len(set(paths)) != len(paths):
+        raise ValueError(f"tickets: expected every folder once, got {' '.join(paths)}")
+    opened = [(path, Ticket.load(path), _digest(path)) for path in paths]
+    candidates = [] if args.no_base else [Candidate("base", (), ())]
+    if args.together:
+        names, tickets, digests = zip(*opened, strict=True)
+        return [*candidates, Candidate(" + ".join(names), tickets, digests)]
+    return [*candidates, *(Candidate(path, (ticket,), (digest,)) for path, ticket, digest in opened)]
+
+
+def load(args: EvaluateArguments, candidates: Sequence[Candidate]) -> tuple[Any, Any]:
+    """The base in the dtype that its tickets expect, on this process's accelerator where there is one."""
+    found = {base.dtype for c in candidates for ticket in c.tickets for base in ticket.mask.base.values()}
+    dtype = args.dtype if args.dtype != "auto" else found.pop() if len(found) == 1 else "auto"
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model_name_or_path,
+        revision=args.model_revision,
+        attn_implementation=args.attn_implementation,
+        dtype=DTYPES.get(dtype, "auto"),
+        device_map=args.device_map,
+    )
+    if args.device_map is None and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+        assert device is not None
+        torch.accelerator.set_device_index(_local_rank())
+        model.to(f"{device.type}:{_local_rank()}")
+    say(f"{args.model_name_or_path}: {model.num_parameters() / 1e6:.1f}M parameters, {model.dtype}, {model.device}")
+    return model.eval(), load_tokenizer(args)
+
+
+def _settings(args: EvaluateArguments, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What two entries of one results file must have in common. Batch sizes, tickets and tasks may differ."""
+    names = [entry.name for entry in fields(SourceArguments) if entry.name not in TRAINING_DATA]
+    settings: dict[str, Any] = {name: getattr(args, name) for name in names}
+    settings |= {"dtype": args.dtype, "metrics": args.metrics, "decoding": asdict(decoding(args))}
+    settings["tasks"] = asdict(task_settings(args))
+    content = "\n".join(json.dumps(row, sort_keys=True) for row in rows)
+    settings["rows"] = hashlib.sha256(content.encode()).hexdigest() if rows else None
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _digest(ticket: str) -> str:
+    """Identifies a ticket's contents: its manifest holds the sha256 of every tensor."""
+    return hashlib.sha256(Path(ticket, "ticket.json").read_bytes()).hexdigest()
+
+
+def _eval_versions() -> dict[str, str]:
+    found = {}
+    for name in ("lm-eval", "rouge-score"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _join_ranks() -> None:
+    """Join the processes of a launcher. Only objects travel, over the CPU, and a rank may be far ahead of another."""
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=2))
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _put(board: Scoreboard, candidate: Candidate, entry: dict[str, Any]) -> None:
+    if rank() == 0:
+        board.put(candidate.name, entry)
+
+
+@contextmanager
+def _timed(entry: dict[str, Any], name: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    entry["seconds"][name] = round(time.monotonic() - started, 2)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        if rank() == 0:
+            print(f"[lota] {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
