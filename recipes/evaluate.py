@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,15 +34,14 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from lota.ticket import Ticket
-from recipes import data
-from recipes.arguments import SourceArguments
-from recipes.evaluation_options import DTYPES, TRAINING_DATA, EvaluateArguments, decoding, parse, task_settings
+from recipes.evaluation_data import evaluation_rows, reference
+from recipes.evaluation_options import DTYPES, EvaluateArguments, decoding, parse, task_settings
 from recipes.harness import Harness
 from recipes.metrics import check_references
 from recipes.phases import load_tokenizer
 from recipes.run_folder import barrier, rank, say, versions, world_size
 from recipes.scoreboard import Scoreboard
-from recipes.scoring import RowSettings, Switch, check_fit, reference, score_rows
+from recipes.scoring import RowSettings, Switch, check_fit, score_rows
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     _join_ranks()
     how = RowSettings(tuple(args.metrics), decoding(args), args.batch_size, args.predictions)
-    rows = evaluation_rows(args)
+    rows = evaluation_rows(args, args.seed)[: args.limit] if args.metrics else []
+    check_references(args.metrics, [reference(row) for row in rows])
     candidates = list_candidates(args)
     harness = Harness(args.tasks, task_settings(args)) if args.tasks else None
     board = Scoreboard(args.output, _settings(args, rows), versions() | _eval_versions())
@@ -111,22 +111,6 @@ def score(
             _put(board, candidate, entry)
 
 
-def evaluation_rows(args: EvaluateArguments) -> list[dict[str, Any]]:
-    """The evaluation set as rows of prompt and completion; empty where only tasks are asked for."""
-    if not args.metrics:
-        return []
-    source = replace(args, train_file=None, eval_file=None, eval_split=None)
-    if args.eval_file is not None:
-        source = replace(source, train_file=args.eval_file, dataset_name=None, dataset_config=None)
-    else:
-        assert args.eval_split is not None
-        source = replace(source, train_split=args.eval_split)
-    found, _ = data.load(source)
-    rows = list(found)[: args.limit]
-    check_references(args.metrics, [reference(row) for row in rows])
-    return rows
-
-
 def list_candidates(args: EvaluateArguments) -> list[Candidate]:
     """The base, then the tickets: alone, or together. Opens every ticket; ValueError for what is none."""
     paths = args.tickets or []
@@ -157,12 +141,15 @@ def load(args: EvaluateArguments, candidates: Sequence[Candidate]) -> tuple[Any,
         torch.accelerator.set_device_index(_local_rank())
         model.to(f"{device.type}:{_local_rank()}")
     say(f"{args.model_name_or_path}: {model.num_parameters() / 1e6:.1f}M parameters, {model.dtype}, {model.device}")
-    return model.eval(), load_tokenizer(args)
+    tokenizer = load_tokenizer(args)
+    if args.chat_template_path is not None:
+        tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
+    return model.eval(), tokenizer
 
 
 def _settings(args: EvaluateArguments, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What two entries of one results file must have in common. Batch sizes, tickets and tasks may differ."""
-    names = [entry.name for entry in fields(SourceArguments) if entry.name not in TRAINING_DATA]
+    names = ("model_name_or_path", "model_revision", "attn_implementation", "chat_template_path")
     settings: dict[str, Any] = {name: getattr(args, name) for name in names}
     settings |= {"dtype": args.dtype, "metrics": args.metrics, "decoding": asdict(decoding(args))}
     settings["tasks"] = asdict(task_settings(args))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import torch
 from trl import TrlParser
@@ -16,13 +17,13 @@ from recipes.arguments import (
     names_on_command_line,
     refuse_unknown,
 )
+from recipes.evaluation_data import has_rows
 from recipes.generation import Decoding
 from recipes.harness import TaskSettings
 from recipes.metrics import TEXT_METRICS, check_metrics
 from recipes.run_folder import world_size
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-TRAINING_DATA = ("train_file", "train_split")
 
 
 @dataclass
@@ -45,9 +46,13 @@ class EvaluateArguments(SourceArguments):
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer that is written."})
     temperature: float = field(default=0.0, metadata={"help": "0 decodes greedily, above it samples."})
     stop: list[str] | None = field(default=None, metadata={"help": "Texts that end an answer, beside the end token."})
-    seed: int = field(default=0, metadata={"help": "For sampling, and for lm-eval's choice of examples."})
+    # The Trainer's default, so that rows set aside by it are the same ones.
+    seed: int = field(default=42, metadata={"help": "For rows set aside, sampling, lm-eval's choice of examples."})
     num_fewshot: int | None = field(default=None, metadata={"help": "Examples in a task's prompt (the task's own)."})
     apply_chat_template: bool = field(default=False, metadata={"help": "Put tasks' prompts into the chat template."})
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "A .jinja file in place of the tokenizer's chat template, as in training."}
+    )
     tasks_path: str | None = field(default=None, metadata={"help": "Folder with task files of your own for lm-eval."})
 
 
@@ -62,10 +67,11 @@ def parse(argv: list[str] | None = None) -> EvaluateArguments:
     refuse_unknown(on_command_line, known | {"config"})
     training = {entry.name for kind in (LotaArguments, RecipeConfig) for entry in fields(kind)}
     refuse_unknown(keys_of_config(argv), known | training | {"env"})
-    ignored = [name for name in TRAINING_DATA if name in on_command_line]
+    args, _ = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    is_set_aside = args.eval_file is None and (args.eval_rows is not None or args.eval_fraction is not None)
+    ignored = [name for name in ("train_file", "train_split") if name in on_command_line and not is_set_aside]
     if ignored:
         raise ValueError(f"{', '.join(ignored)} would be ignored: evaluation reads eval_file, or eval_split on the hub")
-    args, _ = parser.parse_args_and_config(argv, return_remaining_strings=True)
     args.tasks = [name for text in args.tasks for name in text.split(",") if name]
     args.metrics = [name for text in args.metrics for name in text.split(",") if name]
     _validate(args)
@@ -76,12 +82,12 @@ def _validate(args: EvaluateArguments) -> None:
     if not args.model_name_or_path:
         raise ValueError("model_name_or_path is missing: give a folder or a name on the hub")
     check_metrics(args.metrics)
-    rows = evaluation_source(args)
-    if args.metrics and rows is None:
+    rows = has_rows(args)
+    if args.metrics and not rows:
         raise ValueError("metrics need rows: give eval_file, or dataset_name with eval_split")
-    if rows is None and not args.tasks:
+    if not rows and not args.tasks:
         raise ValueError("nothing to score on: give eval_file, or dataset_name with eval_split, or tasks of lm-eval")
-    if rows is not None and not args.metrics:
+    if rows and not args.metrics:
         args.metrics = ["loss"]
     if args.dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {args.dtype!r}")
@@ -89,6 +95,9 @@ def _validate(args: EvaluateArguments) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    template = args.chat_template_path
+    if template is not None and not (template.endswith((".jinja", ".j2")) and Path(template).is_file()):
+        raise ValueError(f"chat_template_path must be a .jinja file that is there, got {template}")
     if args.no_base and not args.tickets:
         raise ValueError("no_base without tickets leaves nothing to score")
     if args.together and len(args.tickets or ()) < 2:
@@ -98,24 +107,6 @@ def _validate(args: EvaluateArguments) -> None:
     decoding(args).check()
     if args.tasks and world_size() > 1:
         raise ValueError("tasks of lm-eval run in one process: start python without a launcher, or leave tasks out")
-
-
-def evaluation_source(args: DataArguments) -> DataArguments | None:
-    """Where the rows are that a training run is evaluated on; None where it has none.
-
-    With eval_rows or eval_fraction they are the evaluation set of the whole; else what is returned names them in the
-    place of training data.
-    """
-    if args.eval_file is not None:
-        return replace(_as_training(args, args), mixture=None, mixture_rows=None, eval_rows=None, eval_fraction=None)
-    if args.eval_rows is not None or args.eval_fraction is not None:
-        return args
-    if isinstance(args.mixture, list):
-        known = {entry.name for entry in fields(Source)}
-        sources = [Source(**{k: v for k, v in row.items() if k in known}) for row in args.mixture if row]
-        evaluated = [asdict(_as_training(s, s)) for s in sources if s.eval_file or s.eval_split]
-        return DataArguments(mixture=evaluated) if evaluated else None
-    return _as_training(args, args) if args.dataset_name is not None and args.eval_split is not None else None
 
 
 def decoding(args: EvaluateArguments) -> Decoding:

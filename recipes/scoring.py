@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,10 @@ from tqdm.auto import tqdm
 from lota.apply import Applied, apply_, exchange_
 from lota.ticket import Ticket
 from recipes.answers import encode, score_answers
+from recipes.evaluation_data import Row, reference
 from recipes.generation import Decoding, write_answers
 from recipes.metrics import TEXT_METRICS, scorer
 from recipes.run_folder import rank, say, world_size
-
-Row = Mapping[str, Any]
-"""prompt and completion: texts, or lists of messages."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +87,6 @@ def score_rows(model: Any, tokenizer: Any, rows: Sequence[Row], how: RowSettings
     return figures
 
 
-def reference(row: Row) -> str:
-    """The text that an answer is compared with."""
-    completion = row["completion"]
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
-
-
 def check_fit(model: Any, tokenizer: Any, rows: Sequence[Row], max_new_tokens: int) -> None:
     """ValueError for a row that needs more positions than the model has: an evaluation cuts nothing off.
 
@@ -103,8 +95,8 @@ def check_fit(model: Any, tokenizer: Any, rows: Sequence[Row], max_new_tokens: i
     positions = getattr(model.config, "max_position_embeddings", None)
     for number, row in enumerate(rows, start=1):
         ids, num_prompt = encode(tokenizer, row)
-        if num_prompt == 0:
-            raise ValueError(f"row {number} has an empty prompt, after which nothing can be predicted")
+        if num_prompt == 0 and max_new_tokens:
+            raise ValueError(f"row {number} has an empty prompt, after which nothing can be written: use metrics loss")
         needed = max(len(ids), num_prompt + max_new_tokens)
         if positions is not None and needed > positions:
             raise ValueError(

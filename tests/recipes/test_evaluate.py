@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from lota.apply import apply_to_checkpoint
 from lota.ticket import BaseTensor, Mask, Ticket, fingerprint, to_hex
-from recipes import evaluate
+from recipes import data, evaluate
 from recipes.answers import score_answers
+from recipes.data_arguments import DataArguments
 from recipes.demo_world import World, WorldConfig
+from recipes.evaluation_data import evaluation_rows, has_rows, reference
 from recipes.evaluation_options import parse
 from recipes.generation import Decoding, write_answers
 from recipes.scoring import Switch, score_rows
@@ -110,7 +112,7 @@ def fresh_figures(model_path: Path, world: Path, output: Path) -> dict[str, Any]
     model = AutoModelForCausalLM.from_pretrained(model_path).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     how = evaluate.RowSettings(tuple(args.metrics), evaluate.decoding(args), args.batch_size)
-    return score_rows(model, tokenizer, evaluate.evaluation_rows(args), how, "fresh")
+    return score_rows(model, tokenizer, evaluation_rows(args, args.seed), how, "fresh")
 
 
 def test_switching_gives_the_figures_of_fresh_models(
@@ -161,7 +163,7 @@ def test_switching_gives_the_figures_of_fresh_models(
 
 
 def rows_of(world: Path) -> list[dict[str, Any]]:
-    return evaluate.evaluation_rows(parse(options(world, world / "none.json")))
+    return evaluation_rows(parse(options(world, world / "none.json")), 0)
 
 
 def test_the_base_is_the_base_again_bit_for_bit_even_after_an_error(world: Path) -> None:
@@ -272,6 +274,7 @@ def test_ranks_share_the_rows(world: Path, tmp_path: Path, ranks: Callable[[int]
         (["--max_new_tokens", "0", "--metrics", "exact"], "max_new_tokens must be at least 1"),
         (["--max_new_tokens", "999", "--metrics", "exact"], "row 1 needs .* 128 positions.*lower max_new_tokens"),
         (["--density", "0.1"], "unknown option 'density'"),
+        (["--chat_template_path", "x.jinja"], r"must be a \.jinja file that is there"),
         (["--output", "results"], r"output must name a \.json"),
     ],
 )
@@ -341,3 +344,31 @@ def test_a_retrained_ticket_is_scored_again(world: Path, tmp_path: Path) -> None
     second = read(tmp_path / "results.json")["models"]
     assert first["base"] == second["base"]
     assert first[str(tmp_path / "t")]["rows"] != second[str(tmp_path / "t")]["rows"]
+
+
+def test_the_rows_are_those_that_a_training_run_is_evaluated_on(tmp_path: Path) -> None:
+    def write(name: str, rows: list[dict[str, Any]]) -> str:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(tmp_path / name)
+
+    pairs = write("pairs.jsonl", [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(6)])
+    talk = [{"role": role, "content": f"{role}{n}"} for n in range(2) for role in ("user", "assistant")]
+    chat = write("chat.jsonl", [{"messages": talk}])
+    text = write("text.jsonl", [{"text": "all of it"}])
+
+    # Set aside by the run's seed: the very rows.
+    args = DataArguments(train_file=[pairs], eval_rows=2)
+    expected = data.load(args, seed=7).evaluation
+    assert expected is not None and evaluation_rows(args, 7) == expected.to_list() != evaluation_rows(args, 8)
+    assert evaluation_rows(DataArguments(train_file=[pairs], eval_rows=2, eval_file=[text]), 7) == [
+        {"prompt": "", "completion": "all of it"}
+    ]
+    # The last turn of a conversation is the answer.
+    (row,) = evaluation_rows(DataArguments(eval_file=[chat]), 0)
+    assert row == {"prompt": talk[:3], "completion": talk[3:]} and reference(row) == "assistant1"
+    with pytest.raises(ValueError, match="ends with an assistant's answer to something, got roles user"):
+        evaluation_rows(DataArguments(eval_file=[write("asked.jsonl", [{"messages": talk[:1]}])]), 0)
+    # Of a mixture, the evaluation sets of all its entries; a plain text has no prompt.
+    entries = [{"train_file": text, "eval_file": text, "weight": 1}, {"train_file": pairs, "weight": 2}]
+    assert evaluation_rows(DataArguments(mixture=entries), 0) == [{"prompt": "", "completion": "all of it"}]
+    assert not has_rows(DataArguments(mixture=entries[1:])) and not has_rows(DataArguments(train_file=[pairs]))
