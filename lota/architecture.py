@@ -24,3 +24,11 @@ def build_on_meta(folder: Path) -> nn.Module:
             transformers.AutoModelForCausalLM.from_config(config) if named is None else named._from_config(config)
         )
     return model
+
+
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """For every parameter name, all names of the same parameter: itself, and those it is tied to."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: names for names in groups.values() for name in names}

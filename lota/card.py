@@ -97,6 +97,49 @@ any transformers model. With the ticket, `lota revert --tuned THIS TICKET --out 
 """
 
 
+def peft_card(ticket: Ticket, base: str, facts: Mapping[str, Any]) -> str:
+    """The card of a PEFT adapter. facts: `num_entries`, `num_twice`, `num_ordered` and `num_whole_modules` as exported,
+    and the `dtype` that the base must be loaded in (None: its own)."""
+    dtype = facts["dtype"]
+    load = f', dtype=torch.{dtype}' if dtype else ""
+    order = (
+        f"{facts['num_ordered']:,} of its {facts['num_entries']:,} entries are made of two differences that must be "
+        "added in order, as CPUs do. GPUs add in any order and may miss the value of such an entry, which lies much "
+        "closer to zero than the base's, by half an fp32 unit of the base's."
+        if facts["num_ordered"]
+        else "No entry depends on the order in which a device adds, so this holds on GPUs as well."
+    )
+    whole = f" {facts['num_whole_modules']} modules that SHiRA cannot hold are stored whole." * bool(
+        facts["num_whole_modules"]
+    )
+    return f"""{front_matter(ticket.provenance, "peft", "adapter")}
+# A lottery ticket for {base}, as a PEFT adapter
+
+Made from a ticket ({_of(ticket.mask)}; {_PAPER}) in the format of PEFT's SHiRA; stock PEFT loads it.{whole}
+
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}"{load})
+model = PeftModel.from_pretrained(base, ".")  # this folder
+```
+
+## What is exact
+
+Loaded like this, on the base in {dtype or "its own dtype"}, every weight that the model computes with is the ticket's
+or the base's (only the sign of a zero may differ), and `model.merge_and_unload()` gives those weights. {order}
+
+Not exact, in 16-bit dtypes: `low_cpu_mem_usage=True` and `autocast_adapter_dtype=False`, because both round the
+differences to the base's dtype; `unmerge_adapter()`, which subtracts; other scales than 1. The ticket itself is applied
+and taken out again exactly in all cases.
+
+The forward pass adds all differences anew for every layer: merge for speed (PEFT 0.21 cannot merge whole modules that
+have no `weight`, such as fused experts).
+"""
+
+
 def is_card(text: str) -> bool:
     """Whether a README.md is one of these."""
     return _MARK in text

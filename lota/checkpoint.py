@@ -161,9 +161,9 @@ def _put_back(ticket: Ticket, name: str, tensor: Tensor, tuned: Path) -> None:
 
 
 def _dtype_of_training(tickets: Sequence[Ticket]) -> torch.dtype | None:
-    """The dtype of all the tensors that the tickets are trained on, where they name one."""
-    names = {base.dtype for ticket in tickets for base in ticket.mask.base.values()}
-    return getattr(torch, names.pop()) if len(names) == 1 else None
+    """The dtype in which all the tickets were trained, where it is one."""
+    dtypes = {ticket.mask.base_dtype for ticket in tickets}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _other_dtype(tickets: Sequence[Ticket], homes: dict[str, Path], say: Say) -> torch.dtype | None:

@@ -10,9 +10,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lota.cli import apply, inspect, revert
+from lota.cli import apply, export, inspect, revert
 
-COMMANDS = (inspect, apply, revert)
+COMMANDS = (inspect, apply, revert, export)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -114,6 +114,12 @@ class Mask:
         return dict(self._base)
 
     @property
+    def base_dtype(self) -> torch.dtype | None:
+        """The dtype of the base's tensors where all have the same; None where they differ or no base is known."""
+        names = {base.dtype for base in self._base.values()}
+        return getattr(torch, names.pop()) if len(names) == 1 else None
+
+    @property
     def digest(self) -> str:
         """sha256 over names, shapes and indices, in hex: equal exactly for equal masks."""
         if self._digest is None:

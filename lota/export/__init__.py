@@ -1,0 +1,1 @@
+"""Tickets in other tools' formats."""
