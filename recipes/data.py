@@ -42,7 +42,7 @@ def load(args: DataArguments, seed: int = 0, is_preference: bool = False) -> Set
     if rank() > 0 or not sys.stderr.isatty():
         disable_progress_bars()
     found = parts(args)
-    firsts = [_first(_files(part.source, "train")) for part in found]
+    firsts = [_first(_files(part.source, "train"), part.source.skip_empty) for part in found]
     forms = [
         data_forms.choose_form(part.source, row, place, is_preference) for part, (place, row) in zip(found, firsts)
     ]
@@ -85,8 +85,11 @@ def _rows(files: Files) -> Iterator[Row]:
     return chain.from_iterable(data_files.file_rows(Path(path)) for path in where)
 
 
-def _first(files: Files) -> Row:
+def _first(files: Files, skip_empty: bool) -> Row:
+    """The row that the form is read off: the first, or where nulls are left out the first without any."""
     row = next(_rows(files), None)
+    if skip_empty:
+        row = next((found for found in _rows(files) if None not in found[1].values()), row)
     if row is None:
         raise ValueError(f"{', '.join(files[1:])} holds no rows")
     return row
@@ -114,8 +117,14 @@ def _build(source: Source, which: str, form: Form) -> Dataset:
 
 
 def _generate(files: Files, form: Form, times: list[int], code: str) -> Iterator[dict[str, Any]]:
+    num_skipped = 0
     for place, row in _rows(files):
-        yield data_forms.columns(row, form, place)
+        if form.skip_empty and form.is_empty(row):
+            num_skipped += 1
+        else:
+            yield data_forms.columns(row, form, place)
+    if num_skipped:
+        say(f"data: {num_skipped} rows of {', '.join(files[1:])} left out, because a field of theirs is empty")
 
 
 def _code_digest() -> str:

@@ -49,6 +49,10 @@ class Source:
     chosen_template: str | None = field(default=None, metadata={"help": "Likewise, instead of chosen_field."})
     rejected_field: str | None = field(default=None, metadata={"help": "Preferences: field of the worse answer."})
     rejected_template: str | None = field(default=None, metadata={"help": "Likewise, instead of rejected_field."})
+    skip_empty: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows in which a field that is needed is null; else they are refused."},
+    )
     as_chat: bool = field(
         default=False,
         metadata={"help": "Prompt and answer become a user's and an assistant's turn under the chat template."},

@@ -25,6 +25,7 @@ class Form:
     kind: a key of FORMS. templates: the text of every column; a lone `{field}` takes the field as it is.
     is_chat: prompt and answers are lists of messages. wraps: they are made so from text. target: "prompt" or
     "messages" where the rows have to be of another form than their own, to stand beside others in a mixture.
+    skip_empty: rows with a null in a field of theirs are left out.
     """
 
     kind: str
@@ -32,6 +33,11 @@ class Form:
     is_chat: bool = False
     wraps: bool = False
     target: str | None = None
+    skip_empty: bool = False
+
+    def is_empty(self, row: Mapping[str, Any]) -> bool:
+        """Whether a field that the templates name is there, and null."""
+        return any(name in row and row[name] is None for text in self.templates.values() for name in _names(text))
 
     @property
     def features(self) -> Features:
@@ -66,7 +72,7 @@ def choose_form(source: Source, row: Mapping[str, Any], place: str, is_preferenc
         raise ValueError(f"{place}: its rows are conversations already, and as_chat makes one of text: remove as_chat")
     if kind == "preference" and is_chat and _conversation(values["chosen"], place)[0]["role"] != "assistant":
         del templates["prompt"]  # both answers are whole conversations, out of which TRL takes the prompt
-    return Form(kind, templates, is_chat or source.as_chat, source.as_chat)
+    return Form(kind, templates, is_chat or source.as_chat, source.as_chat, skip_empty=source.skip_empty)
 
 
 def one_form(forms: Sequence[Form], places: Sequence[str]) -> list[Form]:
@@ -148,7 +154,7 @@ def _check_fields(templates: Any, row: Mapping[str, Any], place: str) -> None:
                     f"{place} has no field {name!r}; it has {', '.join(map(repr, row))}" + did_you_mean(name, row)
                 )
             if row[name] is None:
-                raise ValueError(f"{place}: the field {name!r} is empty (null)")
+                raise ValueError(f"{place}: the field {name!r} is empty (null); skip_empty: true leaves such rows out")
 
 
 def _value(template: str, row: Mapping[str, Any], place: str) -> Any:
