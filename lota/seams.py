@@ -116,18 +116,29 @@ def sparse_zero3(
     moments and gradients exist for active entries only; everything else of the model keeps its bits. The script passes
     `model.parameters()` as ever; tensors that the mask does not name are frozen for the length of the block.
     shard_group_size: how many ranks together hold one copy of the weights (None: all; 1: every rank holds all).
-    gradient_reduction: `compact` sends active entries only; `auto` is the same. reduce_every: `step` sends once per
-    step instead of once per micro step, for 4 bytes per active entry, unsharded. kernels: `auto`, or `torch`.
+    gradient_reduction: `compact` sends active entries only, and every rank holds the index of all of them; `dense`
+    reduces whole gradients, and a rank holds its own share of the index; `auto` takes compact unless a rank would then
+    hold more than 80% of its accelerator's memory and less with dense (lota.plan.reduction). reduce_every: `step` sends
+    once per step instead of once per micro step, for 4 bytes per active entry, unsharded, with `compact` only. kernels:
+    `auto`, or `torch`.
     ValueError for what is wrong or unsupported, before training.
     """
     _check_choice("gradient_reduction", gradient_reduction, GRADIENT_REDUCTIONS)
     _check_choice("reduce_every", reduce_every, ("micro_step", "step"))
     _check_choice("kernels", kernels, KERNELS)
-    if gradient_reduction == "dense":
-        raise ValueError("gradient_reduction='dense' is not available in this version; use 'compact' (or 'auto')")
+    if gradient_reduction == "dense" and reduce_every == "step":
+        raise ValueError(
+            "reduce_every='step' with gradient_reduction='dense' would keep whole gradients on every rank until the end "
+            "of the step; use reduce_every='micro_step', or gradient_reduction='compact'"
+        )
     if kernels == "triton":
         raise ValueError("kernels='triton' is not available in this version; use 'torch' (or 'auto')")
-    run = SparseRun(_as_mask(mask), shard_group_size=shard_group_size, once_per_step=reduce_every == "step")
+    run = SparseRun(
+        _as_mask(mask),
+        shard_group_size=shard_group_size,
+        gradient_reduction=gradient_reduction,
+        once_per_step=reduce_every == "step",
+    )
     with _block(run):
         yield run
 

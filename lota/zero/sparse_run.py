@@ -27,9 +27,12 @@ class SparseRun(BlockRun):
     is_sparse = True
     optimizer_class = engines.SparseOptimizer
 
-    def __init__(self, mask: Mask, *, shard_group_size: int | None, once_per_step: bool) -> None:
+    def __init__(
+        self, mask: Mask, *, shard_group_size: int | None, gradient_reduction: str, once_per_step: bool
+    ) -> None:
         super().__init__()
         self.mask, self._shard_group_size, self._once_per_step = mask, shard_group_size, once_per_step
+        self._gradient_reduction, self._reduction_reason = gradient_reduction, "as asked"
 
     @property
     def _training(self) -> SparseTraining:
@@ -79,6 +82,7 @@ class SparseRun(BlockRun):
             device=self.device,
             bucket_numel=min(int(optimizer.reduce_bucket_size), BUCKET_NUMEL),
             once_per_step=self._once_per_step,
+            reduces_whole=self._gradient_reduction == "dense",
         )
         return self.core
 
@@ -99,6 +103,8 @@ class SparseRun(BlockRun):
                 sum(state.layout.active_of_rank(rank) for state in training.states) for rank in range(shards)
             ),
             "update": training.update.name,
+            "gradient_reduction": self._gradient_reduction,
+            "gradient_reduction_reason": self._reduction_reason,
             "shard_group_size": shards,
             "steps": training.num_steps,
             "skipped_steps": training.num_skipped(),
