@@ -128,8 +128,8 @@ def sparse_zero3(
     _check_choice("kernels", kernels, KERNELS)
     if gradient_reduction == "dense" and reduce_every == "step":
         raise ValueError(
-            "reduce_every='step' with gradient_reduction='dense' would keep whole gradients on every rank until the end "
-            "of the step; use reduce_every='micro_step', or gradient_reduction='compact'"
+            "reduce_every='step' with gradient_reduction='dense' would keep whole gradients on every rank until the "
+            "end of the step; use reduce_every='micro_step', or gradient_reduction='compact'"
         )
     if kernels == "triton":
         raise ValueError("kernels='triton' is not available in this version; use 'torch' (or 'auto')")

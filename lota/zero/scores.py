@@ -121,7 +121,7 @@ class GradientScores:
         """Hand a whole tensor's gradient (any float dtype) to the reduction."""
         self._is_pending = True
         flat = gradient.reshape(-1)
-        for slot in self._whole.slots[self._tensor[name]]:
+        for slot in reversed(self._whole.slots[self._tensor[name]]):  # the order of buckets
             self._reducer.add(slot, self._whole.writer(slot, flat))
 
     def finish_backward(self, last: bool) -> None:
@@ -150,10 +150,10 @@ class GradientScores:
             self._gradient[where].add_(values)
             return
         if not self._delivered.isdisjoint(slots):
+            name = self._pieces[self._whole.stretches[slots.start].tensor].name
             raise ValueError(
-                f"{self._pieces[self._whole.stretches[slots.start].tensor].name} got gradients twice in one backward (weights shared under "
-                "reentrant activation "
-                "checkpointing). Use non-reentrant checkpointing, or gradient_accumulation_steps > 1."
+                f"{name} got gradients twice in one backward (weights shared under reentrant activation checkpointing). "
+                "Use non-reentrant checkpointing, or gradient_accumulation_steps > 1."
             )
         self._delivered.update(slots)
         self._add(where, values)

@@ -126,9 +126,7 @@ class SparseTraining:
             positions = state.local_index.positions(entries.start, entries.stop) - slot.local_origin
             edges = [self._whole.stretches[position].offset for position in slots] + [slot.partition_numel]
             bounds = torch.searchsorted(positions, torch.tensor(edges, device=positions.device)).tolist()
-            found += [
-                slice(entries.start + start, entries.start + stop) for start, stop in itertools.pairwise(bounds)
-            ]
+            found += [slice(entries.start + start, entries.start + stop) for start, stop in itertools.pairwise(bounds)]
         return found
 
     def add_gradient(self, name: str, gradient: Tensor) -> None:
@@ -136,7 +134,7 @@ class SparseTraining:
         self._has_gradients = True
         if self._whole is not None:
             flat = gradient.reshape(-1)
-            for position in self._whole.slots[self._position[name]]:
+            for position in reversed(self._whole.slots[self._position[name]]):  # the order of buckets
                 self._reducer.add(position, self._whole.writer(position, flat))
             return
         state, slot = self._place[name]

@@ -224,6 +224,7 @@ def test_calibration_options(options, message):
     ("options", "message"),
     [
         ({"gradient_reduction": "sparse"}, r"gradient_reduction must be one of auto, compact, dense, got 'sparse'"),
+        ({"gradient_reduction": "dense", "reduce_every": "step"}, r"would keep whole gradients"),
         ({"reduce_every": "epoch"}, r"reduce_every must be one of micro_step, step"),
         ({"kernels": "cuda"}, r"kernels must be one of auto, torch, triton"),
         ({"kernels": "triton"}, r"kernels='triton' is not available"),
