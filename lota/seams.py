@@ -14,6 +14,7 @@ from lota.zero.calibration_run import CalibrationRun
 from lota.zero.engine import substituted
 from lota.zero.scores import SCORES
 from lota.zero.sparse_run import SparseRun
+from lota.zero.world import join_world
 
 KERNELS = ("auto", "torch", "triton")
 GRADIENT_REDUCTIONS = ("auto", "compact", "dense")
@@ -146,6 +147,7 @@ def sparse_zero3(
 @contextmanager
 def _block(run: CalibrationRun | SparseRun) -> Iterator[None]:
     has_failed = True
+    join_world()
     try:
         with substituted(run, run.optimizer_class):
             yield
