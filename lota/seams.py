@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lota.kernels import CHOICES as KERNELS
+from lota.kernels import using
 from lota.selection import Selection, check, eligible, select, validate_budget, validate_density
 from lota.ticket import Mask, Ticket
 from lota.zero.calibration_run import CalibrationRun
@@ -16,7 +18,6 @@ from lota.zero.scores import SCORES
 from lota.zero.sparse_run import SparseRun
 from lota.zero.world import join_world
 
-KERNELS = ("auto", "torch", "triton")
 GRADIENT_REDUCTIONS = ("auto", "compact", "dense")
 
 
@@ -121,7 +122,8 @@ def sparse_zero3(
     reduces whole gradients, and a rank holds its own share of the index; `auto` takes compact unless a rank would then
     hold more than 80% of its accelerator's memory and less with dense (lota.plan.reduction). reduce_every: `step` sends
     once per step instead of once per micro step, for 4 bytes per active entry, unsharded, with `compact` only. kernels:
-    `auto`, or `torch`.
+    `auto` takes Triton on GPUs and compiled C on CPUs where they can run, else plain torch; `triton` and `torch` force
+    one; all give the same bits.
     ValueError for what is wrong or unsupported, before training.
     """
     _check_choice("gradient_reduction", gradient_reduction, GRADIENT_REDUCTIONS)
@@ -132,15 +134,13 @@ def sparse_zero3(
             "reduce_every='step' with gradient_reduction='dense' would keep whole gradients on every rank until the "
             "end of the step; use reduce_every='micro_step', or gradient_reduction='compact'"
         )
-    if kernels == "triton":
-        raise ValueError("kernels='triton' is not available in this version; use 'torch' (or 'auto')")
     run = SparseRun(
         _as_mask(mask),
         shard_group_size=shard_group_size,
         gradient_reduction=gradient_reduction,
         once_per_step=reduce_every == "step",
     )
-    with _block(run):
+    with using(kernels, run.device), _block(run):
         yield run
 
 

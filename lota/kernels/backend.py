@@ -18,7 +18,7 @@ import torch
 
 from lota.kernels import reference
 
-CHOICES = ("auto", "triton", "torch")
+CHOICES = ("auto", "torch", "triton")
 
 _logger = logging.getLogger("lota.kernels")
 _choice = "auto"
@@ -27,7 +27,7 @@ _logged: set[str] = set()
 
 @contextmanager
 def using(choice: str, device: torch.device | str | None = None) -> Iterator[None]:
-    """Run operations on `choice` (auto, triton, torch) until the end of the block, in all threads.
+    """Run operations on `choice` (auto, torch, triton) until the end of the block, in all threads.
 
     device: where the operations will run; a forced choice that cannot run there raises ValueError at once instead of at
     the first operation.

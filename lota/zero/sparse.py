@@ -12,15 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lota.kernels import gather, gather_add_
+from lota.kernels import gather, gather_add_, squared_norm
 from lota.ticket import Mask
 from lota.zero.layout import Slot
 from lota.zero.reduction import GradientReducer, ReductionGroups
 from lota.zero.state import CompactState
 from lota.zero.update import Update
 from lota.zero.whole import WholeGradients
-
-_NORM_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -190,8 +188,7 @@ class SparseTraining:
     def _squared_norm(self) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for state in self.states:
-            for piece in state.gradient.split(_NORM_CHUNK):
-                total += piece.double().square_().sum().to(self.device)
+            total += squared_norm(state.gradient).to(self.device)
         if self.groups.shard is not None:
             dist.all_reduce(total, group=self.groups.shard)
         return total

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lota.kernels import backend_name
 from lota.ticket import Mask
 from lota.zero import engine as engines
 from lota.zero.base import differing, dtype_name, replicas_agree
@@ -33,6 +34,7 @@ class SparseRun(BlockRun):
         super().__init__()
         self.mask, self._shard_group_size, self._once_per_step = mask, shard_group_size, once_per_step
         self._gradient_reduction, self._reduction_reason = gradient_reduction, "as asked"
+        self._kernels = ""
 
     @property
     def _training(self) -> SparseTraining:
@@ -74,6 +76,7 @@ class SparseRun(BlockRun):
         for name in self.mask.names:
             tensor = self.base[name]
             self.mask.check_base(name, self.mask.shape(name), tensor.dtype, tensor.fingerprint)
+        self._kernels = backend_name(tensor_groups[0].weights.device)
         self.core = SparseTraining(
             tensor_groups,
             self.mask,
@@ -105,6 +108,7 @@ class SparseRun(BlockRun):
             "update": training.update.name,
             "gradient_reduction": self._gradient_reduction,
             "gradient_reduction_reason": self._reduction_reason,
+            "kernels": self._kernels,
             "shard_group_size": shards,
             "steps": training.num_steps,
             "skipped_steps": training.num_skipped(),
