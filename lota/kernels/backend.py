@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lota.kernels import reference
+from lota.kernels import cpu_ops, reference
 
 CHOICES = ("auto", "torch", "triton")
 
@@ -50,6 +50,8 @@ def backend(device: torch.device) -> Any:
         return _log("torch", reference)
     if _choice == "triton":
         _check_triton(device)
+    elif device.type == "cpu":
+        return _log("c", cpu_ops) if cpu_ops.library() is not None else _log("torch", reference)
     elif device.type != "cuda" or not has_triton():
         return _log("torch", reference)
     from lota.kernels import triton_ops
@@ -58,8 +60,9 @@ def backend(device: torch.device) -> Any:
 
 
 def backend_name(device: torch.device) -> str:
-    """What `backend` gives for `device`: triton or torch."""
-    return str(backend(device).__name__.rsplit(".", 1)[-1].replace("reference", "torch").replace("_ops", ""))
+    """What `backend` gives for `device`: triton, c or torch."""
+    module = str(backend(device).__name__).rsplit(".", 1)[-1]
+    return {"triton_ops": "triton", "cpu_ops": "c", "reference": "torch"}[module]
 
 
 def has_triton() -> bool:
