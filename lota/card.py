@@ -14,6 +14,7 @@ from lota.ticket import Manifest, Mask, Ticket, read_manifest
 CARD_NAME = "README.md"
 _MARK = "<!-- written by lota -->"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_DATA = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/[\w.-]+)? \([\w.-]+\)")  # name/configuration (split)
 _PAPER = "[LoTA](https://arxiv.org/abs/2406.16797)"
 
 
@@ -149,10 +150,12 @@ def front_matter(provenance: Mapping[str, Any], library: str, relation: str) -> 
     """The YAML of a card. base_model and datasets only where they are names on the hub, which refuses local paths."""
     lines = ["---"]
     base, data = provenance.get("model"), provenance.get("data")
+    named = [item.get("data") for item in data if isinstance(item, Mapping)] if isinstance(data, list) else [data]
+    known = [match.group(1) for match in map(_HUB_DATA.fullmatch, map(str, named)) if match]
     if _is_on_hub(base):
         lines += [f"base_model: {base}", f"base_model_relation: {relation}"]
-    if _is_on_hub(data):
-        lines += ["datasets:", f"- {data}"]
+    if known:
+        lines += ["datasets:", *(f"- {name}" for name in known)]
     lines += [f"library_name: {library}", "tags:", "- lota", "- lottery-ticket", "- sparse-fine-tuning"]
     return "\n".join([*lines, "# license: yours to choose; the base model's terms apply", "---", "", _MARK])
 
@@ -183,5 +186,7 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{key.replace('_', ' ')} {_plain(item)}" for key, item in value.items())
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, list):
+        return "; ".join(map(_plain, value))
     text = value if isinstance(value, str) else json.dumps(value)
     return text.replace("|", "\\|").replace("\n", " ")

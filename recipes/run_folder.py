@@ -17,9 +17,10 @@ import transformers
 import trl
 import yaml
 
+from lota.card import write_ticket_card
 from recipes.arguments import LotaArguments, RecipeConfig
 
-LEFT_BY_A_RUN = ("config.yaml", "metrics.jsonl", "summary.json", "ticket", "mask", "merged")
+LEFT_BY_A_RUN = ("config.yaml", "metrics.jsonl", "summary.json", "report.png", "ticket", "mask", "merged")
 
 
 class RunFolder:
@@ -56,6 +57,21 @@ class RunFolder:
         """summary.json, the last thing a run writes: where it is, the run is complete."""
         if self.is_writer:
             _write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def write_card(self, facts: dict[str, Any]) -> None:
+        """The model card of ticket/; facts: rows beside what the ticket itself tells."""
+        if self.is_writer:
+            write_ticket_card(self.path / "ticket", facts)
+
+    def draw_report(self, summary: dict[str, Any]) -> None:
+        """report.png. Whatever goes wrong with a picture, the run is not lost for it."""
+        if self.is_writer:
+            try:
+                from recipes.report import draw_report
+
+                draw_report(self.path, summary)
+            except Exception as error:  # noqa: BLE001 (said, and the run goes on)
+                say(f"report.png was not drawn ({error!r}); try again: python recipes/report.py {self.path}")
 
     def add_metrics(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""

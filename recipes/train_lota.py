@@ -6,9 +6,9 @@
     CPU ranks    OMP_NUM_THREADS=1 deepspeed --num_gpus 2 recipes/train_lota.py --config recipes/configs/demo.yaml ...
 
 Every option of TRL's SFTConfig and of recipes/arguments.py may stand in the file or on the command line, which wins.
-In output_dir: ticket/, summary.json, metrics.jsonl, config.yaml and, on request, merged/. Stages can be taken apart:
-recipes/calibrate_mask.py stops at the mask, and `--mask PATH` starts from one. `--method full` trains all weights
-with stock ZeRO-3 on the same data, for comparison.
+In output_dir: ticket/, summary.json, report.png, metrics.jsonl, config.yaml and, on request, merged/. Stages can be
+taken apart: recipes/calibrate_mask.py stops at the mask, and `--mask PATH` starts from one. `--method full` trains all
+weights with stock ZeRO-3 on the same data, for comparison.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def main() -> None:
 
     seconds["total"] = round(time.monotonic() - started, 2)
     summary |= {"seconds": seconds, "versions": versions()}
+    folder.draw_report(summary)
     folder.write_summary(summary)
     say(f"done in {seconds['total']:.0f} s; {folder.path / 'summary.json'} has the figures")
 
@@ -103,6 +104,15 @@ def train_ticket(
             },
             dtype=torch.float32 if args.ticket_dtype == "float32" else None,
         )
+    folder.write_card(
+        {
+            "density asked": args.density,
+            "calibration steps": summary.get("calibration", {}).get("steps"),
+            "evaluation loss before": facts.get("eval_loss_before"),
+            "evaluation loss after": facts.get("eval_loss"),
+            "training loss at the last step": facts["last_step_loss"],
+        }
+    )
     phase.close()
     summary["ticket"] = ticket | {"bits_per_eligible_weight": 8 * ticket["bytes"] / mask.eligible}
     held, dense = sum(report["bytes_held"].values()), sum(report["bytes_held_dense"].values())

@@ -1,6 +1,5 @@
 """Operations between dense weights and the compact space of their active entries."""
 
-from lota.kernels.backend import CHOICES, backend_name, using
 from lota.kernels.index import TILE, TileIndex
 from lota.kernels.ops import (
     adamw_,
@@ -15,16 +14,13 @@ from lota.kernels.ops import (
     rmsprop_scalars,
     scatter_,
     scatter_add_,
-    squared_norm,
 )
 
 __all__ = [
-    "CHOICES",
     "TILE",
     "TileIndex",
     "adamw_",
     "adamw_scalars",
-    "backend_name",
     "exchange_",
     "gather",
     "gather_add_",
@@ -35,6 +31,4 @@ __all__ = [
     "rmsprop_scalars",
     "scatter_",
     "scatter_add_",
-    "squared_norm",
-    "using",
 ]

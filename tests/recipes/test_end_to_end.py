@@ -64,7 +64,12 @@ def test_the_main_job(world: Path, tmp_path: Path) -> None:
         *("train_lota.py", world, out, "--max_steps", "6", "--calibration_steps", "3"),
         *("--logging_steps", "1", "--gradient_accumulation_steps", "2", "--ticket_dtype", "float32"),
     )
-    assert sorted(p.name for p in out.iterdir()) == ["config.yaml", "merged", "metrics.jsonl", "summary.json", "ticket"]
+    left = ["config.yaml", "merged", "metrics.jsonl", "report.png", "summary.json", "ticket"]
+    assert sorted(p.name for p in out.iterdir()) == left
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    card = (out / "ticket" / "README.md").read_text(encoding="utf-8")
+    assert f"| evaluation loss after | {summary['training']['eval_loss']:.6g} |" in card
+    assert "| score | task_vector |" in card and "| density asked | 0.1 |" in card
     ticket = Ticket.load(out / "ticket")
     assert ticket.num_active == round(0.1 * ticket.mask.eligible) == summary["mask"]["num_active"]
     assert summary["mask"]["density"] == ticket.density and summary["mask"]["density_asked"] == 0.1
