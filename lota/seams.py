@@ -8,14 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lota.kernels import CHOICES as KERNELS
+from lota.kernels import using
 from lota.selection import Selection, check, eligible, select, validate_budget, validate_density
 from lota.ticket import Mask, Ticket
 from lota.zero.calibration_run import CalibrationRun
 from lota.zero.engine import substituted
 from lota.zero.scores import SCORES
 from lota.zero.sparse_run import SparseRun
+from lota.zero.world import join_world
 
-KERNELS = ("auto", "torch", "triton")
 GRADIENT_REDUCTIONS = ("auto", "compact", "dense")
 
 
@@ -116,25 +118,36 @@ def sparse_zero3(
     moments and gradients exist for active entries only; everything else of the model keeps its bits. The script passes
     `model.parameters()` as ever; tensors that the mask does not name are frozen for the length of the block.
     shard_group_size: how many ranks together hold one copy of the weights (None: all; 1: every rank holds all).
-    gradient_reduction: `compact` sends active entries only; `auto` is the same. reduce_every: `step` sends once per
-    step instead of once per micro step, for 4 bytes per active entry, unsharded. kernels: `auto`, or `torch`.
+    gradient_reduction: `compact` sends active entries only, and every rank holds the index of all of them; `dense`
+    reduces whole gradients, and a rank holds its own share of the index; `auto` takes compact unless a rank would then
+    hold more than 80% of its accelerator's memory and less with dense (lota.plan.reduction). reduce_every: `step` sends
+    once per step instead of once per micro step, for 4 bytes per active entry, unsharded, with `compact` only. kernels:
+    `auto` takes Triton on GPUs and compiled C on CPUs where they can run, else plain torch; `triton` and `torch` force
+    one; all give the same bits.
     ValueError for what is wrong or unsupported, before training.
     """
     _check_choice("gradient_reduction", gradient_reduction, GRADIENT_REDUCTIONS)
     _check_choice("reduce_every", reduce_every, ("micro_step", "step"))
     _check_choice("kernels", kernels, KERNELS)
-    if gradient_reduction == "dense":
-        raise ValueError("gradient_reduction='dense' is not available in this version; use 'compact' (or 'auto')")
-    if kernels == "triton":
-        raise ValueError("kernels='triton' is not available in this version; use 'torch' (or 'auto')")
-    run = SparseRun(_as_mask(mask), shard_group_size=shard_group_size, once_per_step=reduce_every == "step")
-    with _block(run):
+    if gradient_reduction == "dense" and reduce_every == "step":
+        raise ValueError(
+            "reduce_every='step' with gradient_reduction='dense' would keep whole gradients on every rank until the "
+            "end of the step; use reduce_every='micro_step', or gradient_reduction='compact'"
+        )
+    run = SparseRun(
+        _as_mask(mask),
+        shard_group_size=shard_group_size,
+        gradient_reduction=gradient_reduction,
+        once_per_step=reduce_every == "step",
+    )
+    with using(kernels, run.device), _block(run):
         yield run
 
 
 @contextmanager
 def _block(run: CalibrationRun | SparseRun) -> Iterator[None]:
     has_failed = True
+    join_world()
     try:
         with substituted(run, run.optimizer_class):
             yield

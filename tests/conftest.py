@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -22,3 +23,12 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     yield pool
     for made in pools.values():
         made.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton's tests need an accelerator, except in a process whose Triton is the interpreter."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        for item in items:
+            if "triton" in item.keywords and item.get_closest_marker("triton"):
+                item.add_marker(pytest.mark.gpu)

@@ -1,5 +1,6 @@
 """Operations between dense weights and the compact space of their active entries."""
 
+from lota.kernels.backend import CHOICES, backend_name, using
 from lota.kernels.index import TILE, TileIndex
 from lota.kernels.ops import (
     adamw_,
@@ -14,13 +15,16 @@ from lota.kernels.ops import (
     rmsprop_scalars,
     scatter_,
     scatter_add_,
+    squared_norm,
 )
 
 __all__ = [
+    "CHOICES",
     "TILE",
     "TileIndex",
     "adamw_",
     "adamw_scalars",
+    "backend_name",
     "exchange_",
     "gather",
     "gather_add_",
@@ -31,4 +35,6 @@ __all__ = [
     "rmsprop_scalars",
     "scatter_",
     "scatter_add_",
+    "squared_norm",
+    "using",
 ]

@@ -1,16 +1,20 @@
 """The operations between dense and compact space: checks, then the backend.
 
 Dense tensors are flat and contiguous (`[index.numel]`); compact ones hold a value per active entry in ascending order,
-padded to whole tiles (`[index.offset.numel()]`) where they are state. Weights may be bf16, fp16 or fp32; arithmetic is
-fp32 with one rounding per operation. Names that end in `_` work in place. Nothing is read back to the host.
+padded to whole tiles (`[index.offset.numel()]`) where they are state or a step's gradient. Weights may be bf16, fp16 or
+fp32; arithmetic is fp32 with one rounding per operation. Names that end in `_` work in place. Nothing is read back to
+the host. Wrong dtypes, shapes, strides, devices and numbers raise ValueError; positions were checked when the index was
+built.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from lota.kernels import reference
+from lota.kernels.backend import backend
 from lota.kernels.index import TileIndex
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -38,12 +42,15 @@ def gather(
     scale: fp32 device scalar or None.
     """
     stop = index.num_active if stop is None else stop
+    _check_span(index, start, stop)
     _check_dense("source", source, index, origin, whole=origin == 0 and start == 0 and stop == index.num_active)
     if out is None:
         out = torch.empty(stop - start, dtype=torch.float32, device=source.device)
     _check_compact("out", out, stop - start, source, exact=True)
+    if scale is not None:
+        _check_scalar("scale", scale, source)
     if stop > start:
-        reference.gather(out, source, index, scale, start, stop, origin)
+        backend(source.device).gather(out, source, index, scale, start, stop, origin)
     return out
 
 
@@ -59,10 +66,13 @@ def gather_add_(
 ) -> Tensor:
     """`accumulator[k] += scale * source[position(start + k) - origin]`, summed in fp32; returns the accumulator."""
     stop = index.num_active if stop is None else stop
+    _check_span(index, start, stop)
     _check_dense("source", source, index, origin, whole=origin == 0 and start == 0 and stop == index.num_active)
     _check_compact("accumulator", accumulator, stop - start, source, exact=True)
+    if scale is not None:
+        _check_scalar("scale", scale, source)
     if stop > start:
-        reference.gather_add_(accumulator, source, index, scale, start, stop, origin)
+        backend(source.device).gather_add_(accumulator, source, index, scale, start, stop, origin)
     return accumulator
 
 
@@ -70,7 +80,8 @@ def scatter_(target: Tensor, index: TileIndex, values: Tensor) -> Tensor:
     """`target[position(k)] = values[k]`, cast to the target's dtype; all other elements keep their bits."""
     _check_dense("target", target, index)
     _check_compact("values", values, index.num_active, target)
-    reference.scatter_(target, index, values)
+    if index.num_active:
+        backend(target.device).scatter_(target, index, values)
     return target
 
 
@@ -82,7 +93,8 @@ def exchange_(target: Tensor, index: TileIndex, values: Tensor) -> Tensor:
         raise ValueError(
             f"exchange_ moves bits: values must have the target's dtype {target.dtype}, got {values.dtype}"
         )
-    reference.exchange_(target, index, values)
+    if index.num_active:
+        backend(target.device).exchange_(target, index, values)
     return target
 
 
@@ -100,7 +112,9 @@ def scatter_add_(
         _check_compact("saved", saved, index.num_active, target)
         if saved.dtype != target.dtype:
             raise ValueError(f"saved must have the target's dtype {target.dtype}, got {saved.dtype}")
-    reference.scatter_add_(target, index, delta, alpha, saved)
+    _check_scalar("alpha", alpha, target)
+    if index.num_active:
+        backend(target.device).scatter_add_(target, index, delta, alpha, saved)
     return target
 
 
@@ -129,7 +143,11 @@ def adamw_(
     `adamw_scalars`); a skip other than 0 leaves everything as it is. gradient: compact, or dense with `compact=False`.
     """
     _check_step(weights, gradient, index, scalars, 5, compact, master=master, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    reference.adamw_(weights, gradient, index, master, exp_avg, exp_avg_sq, scalars, beta1, beta2, eps, compact)
+    _check_numbers(beta1=beta1, beta2=beta2, eps=eps)
+    if index.num_active:
+        backend(weights.device).adamw_(
+            weights, gradient, index, master, exp_avg, exp_avg_sq, scalars, beta1, beta2, eps, compact
+        )
 
 
 def rmsprop_(
@@ -151,7 +169,9 @@ def rmsprop_(
     scalars: fp32 `[4]` on the device: scale, weight_decay, lr, skip. The rest as in `adamw_`.
     """
     _check_step(weights, gradient, index, scalars, 4, compact, master=master, square_avg=square_avg)
-    reference.rmsprop_(weights, gradient, index, master, square_avg, scalars, alpha, eps, compact)
+    _check_numbers(alpha=alpha, eps=eps)
+    if index.num_active:
+        backend(weights.device).rmsprop_(weights, gradient, index, master, square_avg, scalars, alpha, eps, compact)
 
 
 def adamw_scalars(
@@ -162,7 +182,8 @@ def adamw_scalars(
     scale, skip: device scalars (gradient factor; nonzero = leave everything). step: float64 device scalar, the number
     of this step counted from 1.
     """
-    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
+    _check_numbers(weight_decay=weight_decay, beta1=beta1, beta2=beta2)
+    lr = _checked_lr(lr)
     step_size = lr / (1 - torch.pow(beta1, step))
     decay = torch.ones_like(step) - lr * weight_decay
     values = (scale.double(), decay, step_size, (1 - torch.pow(beta2, step)).sqrt(), skip.double())
@@ -171,9 +192,21 @@ def adamw_scalars(
 
 def rmsprop_scalars(scale: Tensor, skip: Tensor, *, lr: float | Tensor, weight_decay: float) -> Tensor:
     """The fp32 `[4]` scalars of `rmsprop_`; see `adamw_scalars`."""
-    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
+    _check_numbers(weight_decay=weight_decay)
+    lr = _checked_lr(lr)
     one = torch.ones_like(scale, dtype=torch.float64)
     return torch.stack((scale.double(), one * weight_decay, one * lr, skip.double())).float()
+
+
+def squared_norm(values: Tensor) -> Tensor:
+    """Sum of the squares of compact values (or any flat tensor), as a float64 device scalar.
+
+    Squares are exact; the order of the sum is the backend's, so the last bits may differ between backends.
+    """
+    _check_compact("values", values, 0, values)
+    if values.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=values.device)
+    return backend(values.device).squared_norm(values)
 
 
 def mask_op(a: Tensor, b: Tensor, op: str) -> Tensor:
@@ -185,14 +218,18 @@ def mask_op(a: Tensor, b: Tensor, op: str) -> Tensor:
             f"mask_op wants two int32 tensors of one shape, got {a.dtype} {tuple(a.shape)} and {b.dtype} "
             f"{tuple(b.shape)}"
         )
-    return reference.mask_op(a, b, op)
+    if a.device != b.device or not a.is_contiguous() or not b.is_contiguous():
+        raise ValueError(f"mask_op wants contiguous words on one device, got {a.device} and {b.device}")
+    return backend(a.device).mask_op(a, b, op) if a.numel() else a.clone()
 
 
 def popcount(words: Tensor) -> Tensor:
     """Number of set bits in int32 words, as an int64 device scalar."""
     if words.dtype != torch.int32:
         raise ValueError(f"popcount wants int32 words, got {words.dtype}")
-    return reference.popcount(words)
+    if not words.is_contiguous():
+        raise ValueError(f"popcount wants contiguous words, got strides {words.stride()}")
+    return backend(words.device).popcount(words) if words.numel() else words.sum()
 
 
 def _check_dense(name: str, tensor: Tensor, index: TileIndex, origin: int = 0, whole: bool = True) -> None:
@@ -232,14 +269,43 @@ def _check_step(
 ) -> None:
     _check_dense("weights", weights, index)
     if compact:
-        _check_compact("gradient", gradient, index.num_active, weights)
+        _check_compact("gradient", gradient, index.offset.numel(), weights)
     else:
         _check_dense("gradient", gradient, index)
-    if scalars.shape != (num_scalars,) or scalars.dtype != torch.float32:
+    if scalars.shape != (num_scalars,) or scalars.dtype != torch.float32 or scalars.device != weights.device:
         raise ValueError(
-            f"scalars must be fp32 of shape ({num_scalars},), got {scalars.dtype} of shape {tuple(scalars.shape)}"
+            f"scalars must be fp32 of shape ({num_scalars},) on {weights.device}, got {scalars.dtype} of shape "
+            f"{tuple(scalars.shape)} on {scalars.device}"
         )
     for name, tensor in state.items():
-        _check_compact(name, tensor, index.num_active, weights)
+        _check_compact(name, tensor, index.offset.numel(), weights)
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name} must be fp32, got {tensor.dtype}")
+
+
+def _check_span(index: TileIndex, start: int, stop: int) -> None:
+    if not 0 <= start <= stop <= index.num_active:
+        raise ValueError(f"entries {start}:{stop} lie outside the index of {index.num_active} active entries")
+
+
+def _check_scalar(name: str, value: Tensor, beside: Tensor) -> None:
+    if value.numel() != 1 or value.dtype != torch.float32 or value.device != beside.device:
+        raise ValueError(
+            f"{name} must be one fp32 value on {beside.device}, got {value.dtype} of shape {tuple(value.shape)} on "
+            f"{value.device}"
+        )
+
+
+def _check_numbers(**numbers: float) -> None:
+    for name, number in numbers.items():
+        limit = 1.0 if name in ("beta1", "beta2", "alpha") else math.inf
+        if not 0 <= number < limit:
+            raise ValueError(f"{name} must be in [0, {limit:g}), got {number}")
+
+
+def _checked_lr(lr: float | Tensor) -> float | Tensor:
+    """A device value is taken as it is; reading it back would stop the device."""
+    if isinstance(lr, Tensor):
+        return lr.reshape(())
+    _check_numbers(lr=lr)
+    return lr

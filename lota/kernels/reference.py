@@ -132,6 +132,13 @@ def _store(
     weights.index_copy_(0, positions, torch.where(skip, kept, master[0].to(weights.dtype)))
 
 
+def squared_norm(values: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=values.device)
+    for first, last in _chunks(0, values.numel(), values):
+        total += values[first:last].double().square_().sum()
+    return total
+
+
 def mask_op(a: Tensor, b: Tensor, op: str) -> Tensor:
     return {"and": lambda: a & b, "andnot": lambda: a & ~b, "or": lambda: a | b, "xor": lambda: a ^ b}[op]()
 

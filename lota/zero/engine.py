@@ -7,6 +7,7 @@ complete gradients, the ends of backwards and steps to `SparseTraining` or to sc
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ import deepspeed
 import deepspeed.comm
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero import stage3
+from deepspeed.runtime.zero import parameter_offload, stage3
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from packaging.version import Version
 from torch import Tensor
@@ -113,6 +115,7 @@ class LotaEngine(DeepSpeedEngine):
             )
             check_optimizer_class(optimizer)
             _check_unused(kwargs["model"])
+            gc.collect()  # what an earlier block left behind, if its model was in use until now
             self.run.prepare(kwargs["model"], config)
         super().__init__(*args, **kwargs)
         self._is_destroyed = False
@@ -132,6 +135,7 @@ class LotaEngine(DeepSpeedEngine):
     def destroy(self) -> None:
         self._is_destroyed = True
         super().destroy()
+        let_go(self)
 
     def _configure_zero_optimizer(self, optimizer: Any) -> Any:
         if not self.is_lota:
@@ -337,6 +341,22 @@ def _check_unused(model: torch.nn.Module) -> None:
             "this model still belongs to the engine of an earlier lota block: call engine.destroy() on that one first, "
             "or load the model again"
         )
+
+
+def let_go(engine: Any) -> None:
+    """Take an engine that trains no more out of what would keep it, its model and its states alive for ever.
+
+    DeepSpeed's stack of modules and a cache per class hold every ZeRO-3 model of a process, and gradient hooks tie a
+    cycle through autograd that Python cannot see: the dense states of a calibration would stay beside the sparse run.
+    """
+    stack, own = parameter_offload.FWD_MODULE_STACK, set(engine.module.modules())
+    stack[:] = [module for module in stack if module not in own]
+    cached = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    for cell in cached.__closure__ or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+    for hook in getattr(engine.optimizer, "_grad_acc_hooks", ()):
+        hook.remove()
 
 
 def trainable_groups(optimizer: Any) -> list[TensorGroup]:

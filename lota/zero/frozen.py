@@ -34,4 +34,4 @@ class Freeze:
             param.requires_grad_(True)
         if self._has_hook:
             self._model.disable_input_require_grads()
-        self._frozen, self._has_hook = [], False
+        self._frozen, self._has_hook, self._model = [], False, None

@@ -95,9 +95,3 @@ def build_layout(tensors: Sequence[tuple[str, int, tuple[int, ...]]], rank: int)
         full_start, local_start = full_start + sum(counts), local_start + counts[rank]
         full_origin, local_origin = full_origin + numel, local_origin + n
     return Layout(tuple(slots), rank, size)
-
-
-def dense_counts(numel: int, size: int) -> tuple[int, ...]:
-    """`counts` of a tensor whose every entry is active."""
-    ranges = (owned_range(numel, size, rank) for rank in range(size))
-    return tuple(stop - start for start, stop in ranges)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -68,7 +69,11 @@ class BlockRun:
 
     def _need_engine(self, what: str) -> Any:
         if self.engine is None:
-            reason = "its state was released" if self._was_built else "none was built yet: train first"
+            reason = (
+                "its state was released"
+                if self._was_built
+                else "none was built yet: train first, with a ZeRO-3 configuration (deepspeed=... of TrainingArguments)"
+            )
             raise ValueError(f"{what} needs the engine of the block, and {reason}")
         return self.engine
 
@@ -100,12 +105,15 @@ class BlockRun:
 
         The engine cannot train afterwards. Collective.
         """
-        if self.engine is not None and hasattr(self.engine.optimizer, "core"):
-            self.engine.optimizer.core = None
+        if self.engine is not None:
+            if hasattr(self.engine.optimizer, "core"):
+                self.engine.optimizer.core = None
+            engines.let_go(self.engine)
         self.core = self.engine = None
         if self._groups is not None:
             self._groups.destroy()
             self._groups = None
+        gc.collect()  # model, engine and dense states are one cycle: where nobody uses them any more, they go here
 
     def _weights_bytes(self) -> int:
         return sum(part.data.nbytes for part in engines.partitions(self._need_engine("report").module))

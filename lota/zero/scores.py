@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lota.zero.layout import dense_counts, owned_range
+from lota.zero.layout import owned_range
 from lota.zero.reduction import GradientReducer, ReductionGroups
+from lota.zero.whole import WholeGradients
 
 SCORES = ("task_vector", "gradient", "fisher", "snip", "magnitude", "random")
 GRADIENT_SCORES = ("gradient", "fisher", "snip")
@@ -100,17 +101,18 @@ class GradientScores:
         accumulates: bool,
     ) -> None:
         self._pieces, self._score, self._groups = pieces, score, groups
-        self._slot = {piece.name: slot for slot, piece in enumerate(pieces)}
-        counts = [dense_counts(piece.numel, groups.shard_size) for piece in pieces]
+        self._tensor = {piece.name: tensor for tensor, piece in enumerate(pieces)}
+        self._whole = WholeGradients([piece.numel for piece in pieces], groups.shard_size, bucket_numel)
+        # A rank's pieces stand one after another, and so do the stretches that they are cut into.
         self._offsets = [0]
-        for piece in pieces:
-            self._offsets.append(self._offsets[-1] + piece.weights.numel())
+        for counts in self._whole.counts:
+            self._offsets.append(self._offsets[-1] + counts[groups.shard_rank])
         self._sum = torch.zeros(self._offsets[-1], device=device)
         self._gradient = torch.zeros_like(self._sum) if accumulates else None
         self._delivered: set[int] = set()
         self._square = torch.zeros((), dtype=torch.float64, device=device)
         self._reducer = GradientReducer(
-            counts, bucket_numel=bucket_numel, groups=groups, deliver=self._deliver, device=device
+            self._whole.counts, bucket_numel=bucket_numel, groups=groups, deliver=self._deliver, device=device
         )
         self._is_pending = False
         self.num_batches = 0
@@ -119,14 +121,8 @@ class GradientScores:
         """Hand a whole tensor's gradient (any float dtype) to the reduction."""
         self._is_pending = True
         flat = gradient.reshape(-1)
-
-        def write(out: Tensor, is_first: bool) -> None:
-            if is_first:
-                out.copy_(flat)
-            else:
-                out.add_(flat)
-
-        self._reducer.add(self._slot[name], write)
+        for slot in reversed(self._whole.slots[self._tensor[name]]):  # the order of buckets
+            self._reducer.add(slot, self._whole.writer(slot, flat))
 
     def finish_backward(self, last: bool) -> None:
         if self._gradient is None and not last:
@@ -154,10 +150,10 @@ class GradientScores:
             self._gradient[where].add_(values)
             return
         if not self._delivered.isdisjoint(slots):
+            name = self._pieces[self._whole.stretches[slots.start].tensor].name
             raise ValueError(
-                f"{self._pieces[slots.start].name} got gradients twice in one backward (weights shared under "
-                "reentrant activation "
-                "checkpointing). Use non-reentrant checkpointing, or gradient_accumulation_steps > 1."
+                f"{name} got gradients twice in one backward (weights shared under reentrant activation checkpointing). "
+                "Use non-reentrant checkpointing, or gradient_accumulation_steps > 1."
             )
         self._delivered.update(slots)
         self._add(where, values)
@@ -196,8 +192,10 @@ class GradientScores:
                 f"score {self._score!r} needs at least one global batch, and none ended inside the block: train "
                 "at least one step"
             )
-        for slot, piece in enumerate(self._pieces):
-            mean = self._sum[self._offsets[slot] : self._offsets[slot + 1]] / self.num_batches
+        start = 0
+        for piece in self._pieces:
+            stop = start + piece.weights.numel()
+            mean, start = self._sum[start:stop] / self.num_batches, stop
             yield (
                 piece.name,
                 piece.start,

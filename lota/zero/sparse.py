@@ -3,6 +3,7 @@ here."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lota.kernels import gather, gather_add_
+from lota.kernels import gather, gather_add_, squared_norm
 from lota.ticket import Mask
 from lota.zero.layout import Slot
 from lota.zero.reduction import GradientReducer, ReductionGroups
 from lota.zero.state import CompactState
 from lota.zero.update import Update
-
-_NORM_CHUNK = 1 << 18
+from lota.zero.whole import WholeGradients
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class SparseTraining:
     """Compact state of all tensors of a mask, fed with dense gradients one tensor at a time.
 
     device: where gradients appear. bucket_numel: most entries of a reduction bucket. once_per_step: reduce once per
-    step instead of once per micro step.
+    step instead of once per micro step. reduces_whole: reduce whole gradients and compact what this rank owns as it
+    arrives, for which it needs only its share of the index; not together with once_per_step, which would keep whole
+    gradients.
     """
 
     def __init__(
@@ -51,11 +53,16 @@ class SparseTraining:
         device: torch.device,
         bucket_numel: int,
         once_per_step: bool,
+        reduces_whole: bool = False,
     ) -> None:
+        assert not (once_per_step and reduces_whole)
         self.mask, self.update, self.groups, self.device = mask, update, groups, device
         self.tensor_groups, self._once_per_step = tuple(tensor_groups), once_per_step
+        place_of_index = None if reduces_whole else device
         self.states = [
-            CompactState(g.names, g.numels, g.weights, mask.indices, groups.shard_rank, groups.shard_size, device)
+            CompactState(
+                g.names, g.numels, g.weights, mask.indices, groups.shard_rank, groups.shard_size, place_of_index
+            )
             for g in tensor_groups
         ]
         for state in self.states:
@@ -66,11 +73,15 @@ class SparseTraining:
         self._place = {name: place[name] for name in mask.names if name in place}
         self._position = {name: position for position, name in enumerate(self._place)}
         self._order = list(self._place.values())
+        self._whole: WholeGradients | None = None
+        if reduces_whole:
+            self._whole = WholeGradients([slot.numel for _, slot in self._order], groups.shard_size, bucket_numel)
+            self._entries = self._entries_of_stretches()
         self._reducer = GradientReducer(
-            [slot.counts for _, slot in self._order],
+            [slot.counts for _, slot in self._order] if self._whole is None else self._whole.counts,
             bucket_numel=bucket_numel,
             groups=groups,
-            deliver=self._deliver,
+            deliver=self._deliver if self._whole is None else self._deliver_whole,
             device=device,
             once_per_step=once_per_step,
         )
@@ -91,19 +102,51 @@ class SparseTraining:
             state.accumulate(slot, values[:count])
             values = values[count:]
 
+    def _deliver_whole(self, slots: range, values: Tensor) -> None:
+        """Compact whole reduced gradients: of each stretch, the active entries that this rank owns."""
+        assert self._whole is not None
+        for position in slots:
+            stretch = self._whole.stretches[position]
+            state, slot = self._order[stretch.tensor]
+            count = stretch.counts[self.groups.shard_rank]
+            entries = self._entries[position]
+            positions = state.local_index.positions(entries.start, entries.stop)
+            piece = values[:count].to(positions.device)
+            state.gradient[entries].add_(piece.index_select(0, positions.sub_(slot.local_origin + stretch.offset)))
+            values = values[count:]
+
+    def _entries_of_stretches(self) -> list[slice]:
+        """Which of this rank's compact entries lie in each stretch of whole gradients."""
+        assert self._whole is not None
+        found: list[slice] = []
+        for (state, slot), slots in zip(self._order, self._whole.slots, strict=True):
+            entries = state.entries(slot)
+            positions = state.local_index.positions(entries.start, entries.stop) - slot.local_origin
+            edges = [self._whole.stretches[position].offset for position in slots] + [slot.partition_numel]
+            bounds = torch.searchsorted(positions, torch.tensor(edges, device=positions.device)).tolist()
+            found += [slice(entries.start + start, entries.start + stop) for start, stop in itertools.pairwise(bounds)]
+        return found
+
     def add_gradient(self, name: str, gradient: Tensor) -> None:
-        """Compact a tensor's dense gradient (any float dtype, whole tensor) and hand it to the reduction."""
+        """Hand a tensor's gradient (any float dtype, whole tensor) to the reduction, compacted first if it can be."""
         self._has_gradients = True
+        if self._whole is not None:
+            flat = gradient.reshape(-1)
+            for position in reversed(self._whole.slots[self._position[name]]):  # the order of buckets
+                self._reducer.add(position, self._whole.writer(position, flat))
+            return
         state, slot = self._place[name]
+        assert state.full_index is not None
+        full_index = state.full_index
         stop = slot.full_start + slot.num_active
         span: dict[str, Any] = {"start": slot.full_start, "stop": stop, "origin": slot.full_origin}
         flat = gradient.reshape(-1)
 
         def write(out: Tensor, is_first: bool) -> None:
             if is_first:
-                gather(flat, state.full_index, out=out, **span)
+                gather(flat, full_index, out=out, **span)
             else:
-                gather_add_(out, flat, state.full_index, **span)
+                gather_add_(out, flat, full_index, **span)
 
         self._reducer.add(self._position[name], write)
 
@@ -145,8 +188,7 @@ class SparseTraining:
     def _squared_norm(self) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for state in self.states:
-            for piece in state.gradient.split(_NORM_CHUNK):
-                total += piece.double().square_().sum().to(self.device)
+            total += squared_norm(state.gradient).to(self.device)
         if self.groups.shard is not None:
             dist.all_reduce(total, group=self.groups.shard)
         return total

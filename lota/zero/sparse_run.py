@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lota.kernels import backend_name
 from lota.ticket import Mask
 from lota.zero import engine as engines
 from lota.zero.base import differing, dtype_name, replicas_agree
@@ -27,9 +28,13 @@ class SparseRun(BlockRun):
     is_sparse = True
     optimizer_class = engines.SparseOptimizer
 
-    def __init__(self, mask: Mask, *, shard_group_size: int | None, once_per_step: bool) -> None:
+    def __init__(
+        self, mask: Mask, *, shard_group_size: int | None, gradient_reduction: str, once_per_step: bool
+    ) -> None:
         super().__init__()
         self.mask, self._shard_group_size, self._once_per_step = mask, shard_group_size, once_per_step
+        self._gradient_reduction, self._reduction_reason = gradient_reduction, "as asked"
+        self._kernels = ""
 
     @property
     def _training(self) -> SparseTraining:
@@ -71,6 +76,7 @@ class SparseRun(BlockRun):
         for name in self.mask.names:
             tensor = self.base[name]
             self.mask.check_base(name, self.mask.shape(name), tensor.dtype, tensor.fingerprint)
+        self._kernels = backend_name(tensor_groups[0].weights.device)
         self.core = SparseTraining(
             tensor_groups,
             self.mask,
@@ -79,6 +85,7 @@ class SparseRun(BlockRun):
             device=self.device,
             bucket_numel=min(int(optimizer.reduce_bucket_size), BUCKET_NUMEL),
             once_per_step=self._once_per_step,
+            reduces_whole=self._gradient_reduction == "dense",
         )
         return self.core
 
@@ -99,6 +106,9 @@ class SparseRun(BlockRun):
                 sum(state.layout.active_of_rank(rank) for state in training.states) for rank in range(shards)
             ),
             "update": training.update.name,
+            "gradient_reduction": self._gradient_reduction,
+            "gradient_reduction_reason": self._reduction_reason,
+            "kernels": self._kernels,
             "shard_group_size": shards,
             "steps": training.num_steps,
             "skipped_steps": training.num_skipped(),

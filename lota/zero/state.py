@@ -21,7 +21,8 @@ class CompactState:
 
     weights: flat `[layout.local_numel]` buffer of this rank's padded pieces, in the model's dtype; never copied.
     positions(name): int64 ascending flat indices of a tensor's active entries (the whole tensor's).
-    index_device: where gradients appear; it holds the index of all the group's entries, with which they are gathered.
+    index_device: where gradients appear; it holds the index of all the group's entries, with which they are gathered
+    before they are reduced; None where only this rank's share is needed, because whole gradients are reduced.
     """
 
     def __init__(
@@ -32,9 +33,9 @@ class CompactState:
         positions: Callable[[str], Tensor],
         rank: int,
         size: int,
-        index_device: torch.device,
+        index_device: torch.device | None,
     ) -> None:
-        self.weights = weights
+        self.weights, self._positions = weights, positions
         counts = [owner_counts(positions(name), numel, size) for name, numel in zip(names, numels, strict=True)]
         self.layout: Layout = build_layout(list(zip(names, numels, counts, strict=True)), rank)
         if self.layout.local_numel != weights.numel():
@@ -42,9 +43,11 @@ class CompactState:
                 f"the group's pieces hold {self.layout.local_numel} elements, its buffer {weights.numel()}"
             )
         layout = self.layout
-        pieces = (positions(slot.name) + slot.full_origin for slot in layout.slots)
-        self.full_index = TileIndex.from_pieces(pieces, layout.full_active, layout.full_numel, index_device)
-        if size == 1 and index_device == weights.device:
+        self.full_index: TileIndex | None = None
+        if index_device is not None:
+            pieces = (positions(slot.name) + slot.full_origin for slot in layout.slots)
+            self.full_index = TileIndex.from_pieces(pieces, layout.full_active, layout.full_numel, index_device)
+        if self.full_index is not None and size == 1 and index_device == weights.device:
             self.local_index = self.full_index
         else:
             local = (self._local_positions(slot).to(weights.device) for slot in layout.slots)
@@ -57,10 +60,12 @@ class CompactState:
 
     def _local_positions(self, slot: Slot) -> Tensor:
         """Positions in this rank's flat buffer of the slot's entries that it owns."""
-        before = sum(slot.counts[: self.layout.rank])
-        first = slot.full_start + before
-        positions = self.full_index.positions(first, first + slot.counts[self.layout.rank])
+        before, count = sum(slot.counts[: self.layout.rank]), slot.counts[self.layout.rank]
         start, _ = owned_range(slot.numel, self.layout.size, self.layout.rank)
+        if self.full_index is None:
+            return self._positions(slot.name)[before : before + count] + (slot.local_origin - start)
+        first = slot.full_start + before
+        positions = self.full_index.positions(first, first + count)
         return positions + (slot.local_origin - slot.full_origin - start)
 
     def add_moment(self, name: str) -> None:
@@ -88,9 +93,9 @@ class CompactState:
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held, by kind; the index counts once where the full and the local one are the same."""
-        index = self.full_index.nbytes + (0 if self.local_index is self.full_index else self.local_index.nbytes)
+        indices = {id(index): index for index in (self.full_index, self.local_index) if index is not None}
         return {
-            "index": index,
+            "index": sum(index.nbytes for index in indices.values()),
             "master": self.master.nbytes,
             "moments": sum(moment.nbytes for moment in self.moments.values()),
             "gradient": self.gradient.nbytes,

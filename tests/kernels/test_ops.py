@@ -7,9 +7,21 @@ import itertools
 import pytest
 import torch
 
-from lota.kernels import TILE, TileIndex, exchange_, gather, gather_add_, mask_op, popcount, scatter_, scatter_add_
+from lota.kernels import (
+    TILE,
+    TileIndex,
+    exchange_,
+    gather,
+    gather_add_,
+    mask_op,
+    popcount,
+    scatter_,
+    scatter_add_,
+    squared_norm,
+)
 
 COUNTS = [0, 1, TILE - 1, TILE, TILE + 1, 70_000]
+GUARD = 16
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -80,56 +92,125 @@ def test_index_refuses(positions, message):
         TileIndex.from_flat(torch.tensor(positions), 9)
 
 
+def _guarded(tensor: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A copy between two bands of a known pattern, and the whole buffer."""
+    buffer = torch.full((tensor.numel() + 2 * GUARD,), -7.0, dtype=tensor.dtype, device=device)
+    view = buffer[GUARD : GUARD + tensor.numel()]
+    view.copy_(tensor)
+    return view, buffer
+
+
+def _assert_guards_hold(buffer: torch.Tensor) -> None:
+    assert (buffer[:GUARD] == -7).all() and (buffer[-GUARD:] == -7).all(), "written out of bounds"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_active", COUNTS)
-def test_gather_scatter_exchange_move_bits(num_active, dtype):
+def test_gather_scatter_exchange_move_bits(device, num_active, dtype):
     numel = 4 * num_active + 3
     positions = _positions(num_active, numel)
-    index = TileIndex.from_flat(positions, numel)
+    index = TileIndex.from_flat(positions.to(device), numel)
     dense, values = _random_bits(numel, dtype, 1), _random_bits(num_active, dtype, 2)
-
-    gathered = gather(dense, index, out=torch.empty(num_active, dtype=dtype))
-    assert torch.equal(_bits(gathered), _bits(dense[positions]))
-
-    scattered = scatter_(dense.clone(), index, values)
     expected = dense.clone()
     _bits(expected)[positions] = _bits(values)
-    assert torch.equal(_bits(scattered), _bits(expected))
 
-    swapped, carried = dense.clone(), values.clone()
-    exchange_(swapped, index, carried)
-    assert torch.equal(_bits(swapped), _bits(expected))
-    assert torch.equal(_bits(carried), _bits(dense[positions]))
-    exchange_(swapped, index, carried)
-    assert torch.equal(_bits(swapped), _bits(dense))
+    out, out_buffer = _guarded(torch.zeros(num_active, dtype=dtype), device)
+    gather(dense.to(device), index, out=out)
+    assert torch.equal(_bits(out).cpu(), _bits(dense)[positions])
+
+    target, target_buffer = _guarded(dense, device)
+    scatter_(target, index, values.to(device))
+    assert torch.equal(_bits(target).cpu(), _bits(expected))
+
+    target.copy_(dense)
+    carried, carried_buffer = _guarded(values, device)
+    exchange_(target, index, carried)
+    assert torch.equal(_bits(target).cpu(), _bits(expected))
+    assert torch.equal(_bits(carried).cpu(), _bits(dense)[positions])
+    exchange_(target, index, carried)
+    assert torch.equal(_bits(target).cpu(), _bits(dense))
+    assert torch.equal(_bits(carried).cpu(), _bits(values))
+    for buffer in (out_buffer, target_buffer, carried_buffer):
+        _assert_guards_hold(buffer)
+
+
+@pytest.mark.parametrize("spread", [2, 300])
+@pytest.mark.parametrize("source_dtype", DTYPES)
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_gather_casts_scales_and_accumulates_in_fp32_over_a_span(device, source_dtype, out_dtype, spread):
+    """Spans that begin and end in the middle of tiles, at their edges, and hold nothing."""
+    count = 3 * TILE + 77
+    positions = _positions(count, spread * count)
+    index = TileIndex.from_flat(positions.to(device), spread * count)
+    generator, scale = torch.Generator().manual_seed(3), torch.tensor(0.3)
+    for start, stop in ((0, count), (0, TILE), (TILE, 3 * TILE), (700, 700), (700, 2 * TILE + 1), (3 * TILE, count)):
+        origin = int(positions[start]) - 1 if start else 0
+        source = torch.randn(spread * count - origin, generator=generator).to(source_dtype)
+        total = torch.randn(stop - start, generator=generator).to(out_dtype)
+        read = source[positions[start:stop] - origin].float()
+        expected = {
+            gather: (read * scale).to(out_dtype),
+            gather_add_: (total.float() + read * scale).to(out_dtype),
+        }
+        for operation, result in expected.items():
+            out, buffer = _guarded(total, device)
+            options = {"out": out} if operation is gather else {}
+            place = () if operation is gather else (out,)
+            operation(
+                *place,
+                source.to(device),
+                index,
+                scale=scale.to(device),
+                start=start,
+                stop=stop,
+                origin=origin,
+                **options,
+            )
+            assert torch.equal(out.cpu(), result), (operation, start, stop)
+            _assert_guards_hold(buffer)
+
+
+def test_positions_beyond_two_to_the_31(device):
+    """The dense tensors are virtual memory of which a few pages are touched."""
+    numel = 2**31 + 5_000_000
+    positions = torch.cat([torch.arange(0, 3000, 3), 2**31 - 1500 + torch.arange(0, 3000, 3)])
+    positions = torch.cat([positions, torch.arange(numel - 1000, numel)])
+    index = TileIndex.from_flat(positions.to(device), numel)
+    dense = torch.empty(numel, dtype=torch.bfloat16, device=device)
+    between = torch.cat([positions[:2000] + 1, positions[:1] + 1])
+    dense[between.to(device)] = 1.0
+    values = torch.randn(positions.numel()).bfloat16()
+    scatter_(dense, index, values.to(device))
+    assert torch.equal(dense[positions.to(device)].cpu(), values)
+    assert torch.equal(gather(dense, index).cpu(), values.float())
+    assert (dense[between.to(device)] == 1).all(), "neighbours keep their values"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gather_add_accumulates_in_fp32_over_a_span(dtype):
-    positions = _positions(5000, 40_000)
-    index = TileIndex.from_flat(positions, 40_000)
-    origin, stop = 10_000, 30_000
-    first, last = int((positions < origin).sum()), int((positions < stop).sum())
-    piece = torch.randn(stop - origin).to(dtype)
-    total, scale = torch.randn(last - first), torch.tensor(0.3)
-    expected = total + piece[positions[first:last] - origin].float() * scale
-    gather_add_(total, piece, index, scale=scale, start=first, stop=last, origin=origin)
-    assert torch.equal(total, expected)
+@pytest.mark.parametrize("delta_dtype", [torch.float32, torch.bfloat16])
+def test_scatter_add_saves_what_scatter_restores(device, dtype, delta_dtype):
+    count = 2 * TILE + 5
+    positions = _positions(count, 10_000)
+    index = TileIndex.from_flat(positions.to(device), 10_000)
+    before, delta, alpha = torch.randn(10_000).to(dtype), torch.randn(count).to(delta_dtype), torch.tensor(0.5)
+    expected = before.clone()
+    expected[positions] = (before[positions].float() + delta.float() * alpha).to(dtype)
+    weights, buffer = _guarded(before, device)
+    saved, saved_buffer = _guarded(torch.zeros(count, dtype=dtype), device)
+    scatter_add_(weights, index, delta.to(device), alpha=alpha.to(device), saved=saved)
+    assert torch.equal(weights.cpu(), expected)
+    assert torch.equal(scatter_(weights, index, saved).cpu(), before)
+    assert torch.equal(scatter_add_(weights, index, delta.to(device), alpha=alpha.to(device)).cpu(), expected), (
+        "saving is optional"
+    )
+    _assert_guards_hold(buffer)
+    _assert_guards_hold(saved_buffer)
 
 
-def test_scatter_add_saves_what_scatter_restores():
-    positions = _positions(3000, 10_000)
-    index = TileIndex.from_flat(positions, 10_000)
-    weights = torch.randn(10_000).to(torch.bfloat16)
-    before, saved = weights.clone(), torch.empty(3000, dtype=torch.bfloat16)
-    scatter_add_(weights, index, torch.randn(3000), alpha=torch.tensor(0.5), saved=saved)
-    assert not torch.equal(weights, before)
-    assert torch.equal(scatter_(weights, index, saved), before)
-
-
-def test_mask_algebra():
+@pytest.mark.parametrize("numel", [0, 1, 1000, 4096, 4097])
+def test_mask_algebra(device, numel):
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randint(-(2**31), 2**31, (1000,), generator=generator).to(torch.int32) for _ in range(2))
+    a, b = (torch.randint(-(2**31), 2**31, (numel,), generator=generator).to(torch.int32) for _ in range(2))
     python = {
         "and": lambda x, y: x & y,
         "andnot": lambda x, y: x & ~y,
@@ -138,9 +219,19 @@ def test_mask_algebra():
     }
     for op, function in python.items():
         words = [function(x, y) & 0xFFFFFFFF for x, y in zip(a.tolist(), b.tolist(), strict=True)]
-        result = mask_op(a, b, op)
+        result = mask_op(a.to(device), b.to(device), op)
         assert [word & 0xFFFFFFFF for word in result.tolist()] == words
         assert int(popcount(result)) == sum(word.bit_count() for word in words)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numel", [0, 1, 4095, 4097, 70_000])
+def test_squared_norm_is_a_float64_sum(device, numel, dtype):
+    values = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(dtype)
+    norm = squared_norm(values.to(device))
+    # Squares are exact in float64; only the order of 70,000 additions differs.
+    assert norm.dtype == torch.float64
+    assert float(norm) == pytest.approx(float((values.double() ** 2).sum()), rel=1e-13)
 
 
 def test_wrong_inputs_are_refused():

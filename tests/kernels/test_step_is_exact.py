@@ -6,58 +6,63 @@ import numpy as np
 import pytest
 import torch
 
-from lota.kernels import TILE, TileIndex, adamw_, adamw_scalars, padded_zeros, rmsprop_, rmsprop_scalars
+from lota.kernels import TILE, TileIndex, adamw_, adamw_scalars, gather, padded_zeros, rmsprop_, rmsprop_scalars
 
 BETA1, BETA2, EPS, LR, DECAY = 0.9, 0.95, 1e-8, 3e-3, 0.1
 COUNTS = [0, 1, TILE - 1, TILE, TILE + 1, 3 * TILE + 17]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def _setup(num_active: int, dtype: torch.dtype, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    numel = 5 * num_active + 7
+def _setup(device: torch.device, num_active: int, dtype: torch.dtype, spread: int = 5):
+    generator = torch.Generator().manual_seed(0)
+    numel = spread * num_active + 7
     positions = torch.randperm(numel, generator=generator)[:num_active].sort().values
     weights = torch.randn(numel, generator=generator).to(dtype)
-    index = TileIndex.from_flat(positions, numel)
+    index = TileIndex.from_flat(positions.to(device), numel)
     state = [padded_zeros(index) for _ in range(3)]
     state[0][:num_active] = weights[positions].float()
-    return generator, positions, weights, index, state
+    return generator, positions, weights.to(device), index, state
+
+
+def _scalars(device: torch.device, step: int, skip: bool = False, scale: float = 1.0, weight_decay: float = DECAY):
+    return adamw_scalars(
+        torch.tensor(scale, device=device),
+        torch.tensor(skip, device=device),
+        torch.tensor(float(step), dtype=torch.float64, device=device),
+        lr=LR,
+        weight_decay=weight_decay,
+        beta1=BETA1,
+        beta2=BETA2,
+    )
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
 
 
+@pytest.mark.parametrize("gradient_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_active", COUNTS)
 @pytest.mark.parametrize("compact", [True, False])
-def test_adamw(num_active, dtype, compact):
-    generator, positions, weights, index, (master, exp_avg, exp_avg_sq) = _setup(num_active, dtype)
+def test_adamw(device, num_active, dtype, compact, gradient_dtype):
+    generator, positions, weights, index, (master, exp_avg, exp_avg_sq) = _setup(device, num_active, dtype)
     start = weights.clone()
-    w, m, v = (t[:num_active].numpy().copy() for t in (master, exp_avg, exp_avg_sq))
+    w, m, v = (t[:num_active].cpu().numpy().copy() for t in (master, exp_avg, exp_avg_sq))
     f = np.float32
-    for step in range(1, 6):
-        dense = torch.randn(weights.numel(), generator=generator).to(dtype)
-        gradient = padded_zeros(index, dtype)
-        gradient[:num_active] = dense[positions]
+    for step in range(1, 4):
+        dense = torch.randn(weights.numel(), generator=generator).to(gradient_dtype)
+        gradient = padded_zeros(index, gradient_dtype)
+        gradient[:num_active] = dense[positions].to(device)
+        gradient[num_active:] = float("nan")
         scale = f(0.37)
-        scalars = adamw_scalars(
-            torch.tensor(scale),
-            torch.tensor(False),
-            torch.tensor(float(step), dtype=torch.float64),
-            lr=LR,
-            weight_decay=DECAY,
-            beta1=BETA1,
-            beta2=BETA2,
-        )
         adamw_(
             weights,
-            gradient if compact else dense,
+            gradient if compact else dense.to(device),
             index,
             master,
             exp_avg,
             exp_avg_sq,
-            scalars,
+            _scalars(device, step, scale=float(scale)),
             beta1=BETA1,
             beta2=BETA2,
             eps=EPS,
@@ -70,70 +75,129 @@ def test_adamw(num_active, dtype, compact):
         denominator = np.sqrt(v) / f(np.sqrt(1 - BETA2**step)) + f(EPS)
         w = w * f(1 - LR * DECAY) - (m / denominator) * f(LR / (1 - BETA1**step))
         for ours, replayed in ((master, w), (exp_avg, m), (exp_avg_sq, v)):
-            assert torch.equal(_bits(ours[:num_active]), _bits(torch.from_numpy(replayed)))
+            assert torch.equal(_bits(ours[:num_active].cpu()), _bits(torch.from_numpy(replayed)))
             assert not ours[num_active:].any(), "padding stays zero"
     _assert_weights(weights, start, positions, torch.from_numpy(w), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_active", COUNTS)
-def test_rmsprop(num_active, dtype):
-    generator, positions, weights, index, (master, square_avg, _) = _setup(num_active, dtype)
+@pytest.mark.parametrize("compact", [True, False])
+def test_rmsprop(device, num_active, dtype, compact):
+    generator, positions, weights, index, (master, square_avg, _) = _setup(device, num_active, dtype)
     start = weights.clone()
-    w, v = master[:num_active].numpy().copy(), square_avg[:num_active].numpy().copy()
+    w, v = master[:num_active].cpu().numpy().copy(), square_avg[:num_active].cpu().numpy().copy()
     f = np.float32
-    for _ in range(5):
+    for _ in range(3):
+        dense = torch.randn(weights.numel(), generator=generator)
         gradient = padded_zeros(index)
-        gradient[:num_active] = torch.randn(num_active, generator=generator)
-        scalars = rmsprop_scalars(torch.tensor(f(0.5)), torch.tensor(False), lr=LR, weight_decay=DECAY)
-        rmsprop_(weights, gradient, index, master, square_avg, scalars, alpha=0.99, eps=EPS)
-        g = gradient[:num_active].numpy() * f(0.5) + w * f(DECAY)
+        gradient[:num_active] = dense[positions].to(device)
+        scalars = rmsprop_scalars(
+            torch.tensor(f(0.5), device=device), torch.tensor(False, device=device), lr=LR, weight_decay=DECAY
+        )
+        source = gradient if compact else dense.to(device)
+        rmsprop_(weights, source, index, master, square_avg, scalars, alpha=0.99, eps=EPS, compact=compact)
+        g = dense[positions].numpy() * f(0.5) + w * f(DECAY)
         v = v * f(0.99) + g * g * f(1 - 0.99)
         w = w - (g / (np.sqrt(v) + f(EPS))) * f(LR)
-        assert torch.equal(_bits(master[:num_active]), _bits(torch.from_numpy(w)))
-        assert torch.equal(_bits(square_avg[:num_active]), _bits(torch.from_numpy(v)))
+        assert torch.equal(_bits(master[:num_active].cpu()), _bits(torch.from_numpy(w)))
+        assert torch.equal(_bits(square_avg[:num_active].cpu()), _bits(torch.from_numpy(v)))
     _assert_weights(weights, start, positions, torch.from_numpy(w), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_skip_writes_nothing(dtype):
-    _, _, weights, index, (master, exp_avg, exp_avg_sq) = _setup(TILE + 5, dtype)
+def test_wide_offsets_and_all_active(device, dtype):
+    """32-bit offsets where entries are far apart, and a tensor whose every weight is active, with a ragged tail."""
+    for num_active, spread in ((TILE + 3, 400), (5 * TILE + 1, 0)):
+        numel = num_active * spread or num_active
+        positions = torch.arange(num_active) * (spread or 1)
+        index = TileIndex.from_flat(positions.to(device), numel)
+        assert index.offset.dtype == (torch.int32 if spread else torch.int16)
+        weights = torch.randn(numel).to(dtype).to(device)
+        start, master = weights.clone(), padded_zeros(index)
+        gather(weights, index, out=master[:num_active])
+        gradient = torch.randn(numel)
+        moments = padded_zeros(index), padded_zeros(index)
+        scalars = _scalars(device, 1)
+        adamw_(
+            weights,
+            gradient.to(device),
+            index,
+            master,
+            *moments,
+            scalars,
+            beta1=BETA1,
+            beta2=BETA2,
+            eps=EPS,
+            compact=False,
+        )
+        assert torch.equal(_bits(moments[0][:num_active].cpu()), _bits(gradient[positions] * (1 - BETA1)))
+        _assert_weights(weights, start, positions, master[:num_active].cpu(), dtype)
+
+
+def test_cut_into_partitions_equals_the_whole(device):
+    """2, 3, 8 and 16 partitions, one of them without an active entry."""
+    numel = 10_007
+    positions = torch.rand(numel, generator=torch.Generator().manual_seed(1)).lt(0.3).nonzero().flatten()
+    positions = positions[(positions < 3000) | (positions > 5000)]
+    weights, gradient = torch.randn(numel).bfloat16(), torch.randn(numel).bfloat16()
+
+    def stepped(weights, gradient, positions):
+        index = TileIndex.from_flat(positions.to(device), weights.numel())
+        weights, state = weights.to(device, copy=True), [padded_zeros(index) for _ in range(3)]
+        gather(weights, index, out=state[0][: index.num_active])
+        options = {"beta1": BETA1, "beta2": BETA2, "eps": EPS, "compact": False}
+        adamw_(weights, gradient.to(device), index, *state, _scalars(device, 1), **options)
+        return [weights, *(tensor[: index.num_active] for tensor in state)]
+
+    whole = stepped(weights, gradient, positions)
+    for size in (2, 3, 8, 16):
+        width = -(-numel // size)
+        pieces = []
+        for start in range(0, numel, width):
+            inside = positions[(positions >= start) & (positions < start + width)] - start
+            pieces.append(stepped(weights[start : start + width], gradient[start : start + width], inside))
+        assert size < 8 or any(piece[1].numel() == 0 for piece in pieces)
+        for number, tensor in enumerate(whole):
+            assert torch.equal(torch.cat([piece[number] for piece in pieces]), tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_adamw", [True, False])
+def test_skip_writes_nothing(device, dtype, is_adamw):
+    _, _, weights, index, (master, exp_avg, exp_avg_sq) = _setup(device, TILE + 5, dtype)
     weights[:3] = float("nan")
     before = [t.clone() for t in (weights, master, exp_avg, exp_avg_sq)]
     gradient = padded_zeros(index).fill_(float("nan"))
-    scalars = adamw_scalars(
-        torch.tensor(1.0),
-        torch.tensor(True),
-        torch.zeros((), dtype=torch.float64),
-        lr=LR,
-        weight_decay=DECAY,
-        beta1=BETA1,
-        beta2=BETA2,
-    )
-    adamw_(weights, gradient, index, master, exp_avg, exp_avg_sq, scalars, beta1=BETA1, beta2=BETA2, eps=EPS)
+    if is_adamw:
+        scalars = _scalars(device, 0, skip=True)
+        adamw_(weights, gradient, index, master, exp_avg, exp_avg_sq, scalars, beta1=BETA1, beta2=BETA2, eps=EPS)
+    else:
+        scalars = torch.tensor([1.0, DECAY, LR, 1.0], device=device)
+        rmsprop_(weights, gradient, index, master, exp_avg_sq, scalars, alpha=0.99, eps=EPS)
     for tensor, old in zip((weights, master, exp_avg, exp_avg_sq), before, strict=True):
         assert torch.equal(_bits(tensor), _bits(old))
 
 
-def test_nan_gradient_stays_in_its_entry():
-    _, positions, weights, index, (master, exp_avg, exp_avg_sq) = _setup(TILE + 5, torch.float32)
+@pytest.mark.parametrize("compact", [True, False])
+def test_what_is_not_finite_stays_in_its_entry(device, compact):
+    """And a frozen entry's gradient is never read."""
+    _, positions, weights, index, (master, exp_avg, exp_avg_sq) = _setup(device, TILE + 5, torch.bfloat16)
+    frozen = torch.ones(weights.numel(), dtype=torch.bool)
+    frozen[positions] = False
+    dense = torch.zeros(weights.numel())
+    dense[frozen], dense[positions[7]], dense[positions[9]] = float("nan"), float("nan"), float("inf")
     gradient = padded_zeros(index)
-    gradient[7] = float("nan")
-    scalars = adamw_scalars(
-        torch.tensor(1.0),
-        torch.tensor(False),
-        torch.ones((), dtype=torch.float64),
-        lr=LR,
-        weight_decay=0.0,
-        beta1=BETA1,
-        beta2=BETA2,
-    )
-    adamw_(weights, gradient, index, master, exp_avg, exp_avg_sq, scalars, beta1=BETA1, beta2=BETA2, eps=EPS)
-    assert torch.isnan(weights).nonzero().flatten().tolist() == [int(positions[7])]
-    assert int(torch.isnan(master).sum()) == 1
+    gradient[: index.num_active] = dense[positions].to(device)
+    scalars = _scalars(device, 1, weight_decay=0.0)
+    source = gradient if compact else dense.to(device)
+    options = {"beta1": BETA1, "beta2": BETA2, "eps": EPS, "compact": compact}
+    adamw_(weights, source, index, master, exp_avg, exp_avg_sq, scalars, **options)
+    assert torch.isnan(weights).nonzero().flatten().tolist() == [int(positions[7]), int(positions[9])]
+    assert int(torch.isnan(master).sum()) == 2
 
 
 def _assert_weights(weights, start, positions, master, dtype):
     expected = start.clone()
-    expected[positions] = master.to(dtype)
+    expected[positions.to(start.device)] = master.to(dtype).to(start.device)
     assert torch.equal(_bits(weights), _bits(expected))

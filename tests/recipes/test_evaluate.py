@@ -16,7 +16,7 @@ from lm_eval import tasks as lm_tasks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lota.apply import apply_to_checkpoint
+from lota.checkpoint import apply_to_checkpoint
 from lota.ticket import BaseTensor, Mask, Ticket, fingerprint, to_hex
 from recipes import data, evaluate
 from recipes.answers import score_answers

@@ -127,7 +127,8 @@ def _live_bytes(accumulation: int) -> dict[str, float]:
     """Two global batches under a dispatch mode, on a model of large weights and tiny activations."""
     import deepspeed
 
-    from tests.zero.test_nothing_dense import LiveTensors, Wide
+    from tests.counting import LiveTensors
+    from tests.zero.test_nothing_dense import Wide
 
     live = LiveTensors()
     peaks = {"step": 0}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -168,3 +170,30 @@ def test_after_the_block(ranks):
         assert "belongs to the engine of an earlier lota block" in result["errors"]["second block"]
         assert result["fewer_groups"]
         assert result["steps"] == 1, "the same model trains in a second block once the first engine is destroyed"
+
+
+def _left_alive(destroys: bool) -> list[str]:
+    """What of a dense calibration is still there when the script has dropped it, and the sparse run would begin."""
+    model = cases.make_model()
+    with lota.calibration_zero3(score="task_vector", density=0.2, include=["*blocks*"]) as calibration:
+        engine = _initialize(model)
+        # Dense ZeRO-3 wants the same weights in use on every rank.
+        engine.backward(engine(torch.ones(2, 5), torch.ones(2, 2, dtype=torch.bool)).sum())
+        engine.step()
+        masters = engine.optimizer.fp32_partitioned_groups_flat[0]
+        (moment,) = {id(s["exp_avg"]): s["exp_avg"] for s in engine.optimizer.optimizer.state.values()}.values()
+        things = {"engine": engine, "model": model, "masters": masters, "moment": moment}
+        seen = {name: weakref.ref(thing) for name, thing in things.items()}
+    if destroys:
+        engine.destroy()
+    del engine, model, masters, moment, things
+    calibration.mask()  # drops the engine, too
+    if destroys:
+        gc.collect()
+    return [name for name, reference in seen.items() if reference() is not None]
+
+
+@pytest.mark.parametrize("destroys", [False, True])
+def test_dense_states_end_with_the_mask(ranks, destroys):
+    """DeepSpeed's process-wide lists would keep 16 bytes a parameter beside the sparse run."""
+    assert ranks(2).run(_left_alive, destroys) == [[], []]

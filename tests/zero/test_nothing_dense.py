@@ -1,9 +1,9 @@
 """Nothing dense but the weights: live tensors and sent bytes, counted from outside the library, against the formulas.
 
 Per rank: weights 2P/S; masters, moments and gradients 16 dE/S; index 2 to 4 dE, plus this rank's share of it once more
-where S > 1; in host memory (here the same) base values 2 dE/S, the encoded mask (about 5 to 9 bits an entry) and the
-constant table of the fingerprints. Beyond that only buckets, the gathered weights of the layer at work and its dense
-gradient.
+where S > 1 (only the share where whole gradients are reduced); in host memory (here the same) base values 2 dE/S, the
+encoded mask (about 5 to 9 bits an entry) and the constant table of the fingerprints. Beyond that only buckets, the
+gathered weights of the layer at work and its dense gradient.
 """
 
 from __future__ import annotations
@@ -14,36 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import lota
 from lota.selection import select
+from tests.counting import LiveTensors
 
 WIDTH, DEPTH, BUCKET = 384, 6, 4000
 FINGERPRINT_TABLE = 8 * 65536
-
-
-class LiveTensors(TorchDispatchMode):
-    """Every storage that an operation touched, and how many bytes of them are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, result)):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return result
-
-    def nbytes(self) -> int:
-        self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
-        return sum(size for _, size in self._storages.values())
 
 
 class Wide(nn.Module):
@@ -95,7 +73,9 @@ def _config(world: int) -> dict[str, Any]:
     }
 
 
-def _measure(density: float | None, shard_group_size: int | None) -> dict[str, Any]:
+def _measure(
+    density: float | None, shard_group_size: int | None, gradient_reduction: str = "compact"
+) -> dict[str, Any]:
     """Train two steps; density None runs DeepSpeed's own dense engine, which must break the bound."""
     from contextlib import nullcontext
 
@@ -103,7 +83,8 @@ def _measure(density: float | None, shard_group_size: int | None) -> dict[str, A
 
     world = torch.distributed.get_world_size()
     mask = _selected_mask(density) if density else None
-    block: Any = lota.sparse_zero3(mask, shard_group_size=shard_group_size) if mask else nullcontext()
+    options: dict[str, Any] = {"shard_group_size": shard_group_size, "gradient_reduction": gradient_reduction}
+    block: Any = lota.sparse_zero3(mask, **options) if mask else nullcontext()
     live = LiveTensors()
     peaks = {"backward": 0, "step": 0}
     sent = 0
@@ -157,9 +138,8 @@ def _measure(density: float | None, shard_group_size: int | None) -> dict[str, A
             "report": report,
             "numel": sum(p.ds_numel for p in engine.module.parameters()),
             "eligible": DEPTH * WIDTH * WIDTH,
-            "index": sum(
-                s.full_index.nbytes + (0 if s.local_index is s.full_index else s.local_index.nbytes) for s in ours
-            ),
+            "index": sum(i.nbytes for s in ours for i in {s.full_index, s.local_index} if i is not None),
+            "has_whole_index": any(s.full_index is not None for s in ours),
             "mask": mask.nbytes if mask else 0,
             "local_active": sum(s.layout.local_active for s in ours),
         }
@@ -168,18 +148,25 @@ def _measure(density: float | None, shard_group_size: int | None) -> dict[str, A
 
 
 @pytest.mark.parametrize("density", [0.1, 0.01])
-@pytest.mark.parametrize(("world", "shard_group_size"), [(1, None), (2, None), (4, 2)])
-def test_held_and_sent(ranks, density, world, shard_group_size):
+@pytest.mark.parametrize(
+    ("world", "shard_group_size", "gradient_reduction"),
+    [(1, None, "compact"), (2, None, "compact"), (4, 2, "compact"), (2, None, "dense"), (4, 2, "dense")],
+)
+def test_held_and_sent(ranks, density, world, shard_group_size, gradient_reduction):
     shards = shard_group_size or world
-    for result in ranks(world).run(_measure, density, shard_group_size):
+    is_compact = gradient_reduction == "compact"
+    for result in ranks(world).run(_measure, density, shard_group_size, gradient_reduction):
         steady, transient = _formula(result, shards)
         assert result["peaks"]["step"] <= steady * 1.02
         assert result["peaks"]["backward"] <= steady * 1.02 + transient
         per_entry = result["index"] / (density * result["eligible"])
-        assert 2 <= per_entry <= (4.2 if shards == 1 else 4.2 * (1 + 2 / shards))
-        dense = density * result["eligible"] * 4 * result["report"]["reductions"]
-        within_group = dense if shards > 1 else 0
-        across_groups = result["local_active"] * 4 * result["report"]["reductions"] if shards < world else 0
+        whole, share = (1 if is_compact else 0), (0 if is_compact and shards == 1 else 1 / shards)
+        assert 2 * whole <= per_entry <= 4.2 * (whole + 2 * share), "a share may be twice an even one"
+        assert result["has_whole_index"] == is_compact
+        carried = 4 * result["report"]["reductions"]
+        within_group = carried * result["eligible"] * (density if is_compact else 1) if shards > 1 else 0
+        owned = result["local_active"] if is_compact else result["eligible"] / shards
+        across_groups = carried * owned if shards < world else 0
         assert result["sent"] == pytest.approx(within_group + across_groups, rel=0.02, abs=64 * 4)
         assert result["report"]["bytes_sent"] == pytest.approx(result["sent"], rel=0.02)
 

@@ -224,9 +224,10 @@ def test_calibration_options(options, message):
     ("options", "message"),
     [
         ({"gradient_reduction": "sparse"}, r"gradient_reduction must be one of auto, compact, dense, got 'sparse'"),
+        ({"gradient_reduction": "dense", "reduce_every": "step"}, r"would keep whole gradients"),
         ({"reduce_every": "epoch"}, r"reduce_every must be one of micro_step, step"),
         ({"kernels": "cuda"}, r"kernels must be one of auto, torch, triton"),
-        ({"kernels": "triton"}, r"kernels='triton' is not available"),
+        ({"kernels": "triton"}, r"kernels='triton' needs tensors on a CUDA or ROCm device, got cpu; use 'auto'"),
     ],
 )
 def test_sparse_options(options, message):

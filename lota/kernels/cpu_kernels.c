@@ -1,0 +1,155 @@
+// The step and the gather on CPUs: one pass over tiles of the index, compiled on the machine that runs it.
+//
+// Same arithmetic as reference.py: fp32, one rounding per operation (-ffp-contract=off), IEEE division and square root.
+// A tile's gradients and positions are brought into small arrays first, so that the loop with the arithmetic has a plain
+// shape that compilers turn into vector instructions.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define TILE 1024
+
+enum { FP32 = 0, BF16 = 1 };
+
+typedef struct {
+    const int64_t *base;
+    const void *offset;
+    int64_t is_narrow;  // offsets are uint16, else int32
+} Index;
+
+static inline float from_bf16(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+static inline uint16_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + (((bits >> 16) & 1) + 0x7fff)) >> 16;
+    return (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40 : rounded;
+}
+
+// Distances of the entries first:last of a tile from its base.
+static void decode(const Index *index, int64_t tile, int first, int last, int32_t *offset) {
+    if (index->is_narrow) {
+        const uint16_t *narrow = (const uint16_t *)index->offset + tile * TILE;
+        for (int i = first; i < last; i++) offset[i] = narrow[i];
+    } else {
+        memcpy(offset + first, (const int32_t *)index->offset + tile * TILE + first, 4 * (last - first));
+    }
+}
+
+static void load_at(const void *dense, int dtype, int64_t origin, const int32_t *offset, int first, int last,
+                    float *value) {
+    if (dtype == BF16) {
+        const uint16_t *source = (const uint16_t *)dense + origin;
+        for (int i = first; i < last; i++) value[i] = from_bf16(source[offset[i]]);
+    } else {
+        const float *source = (const float *)dense + origin;
+        for (int i = first; i < last; i++) value[i] = source[offset[i]];
+    }
+}
+
+static void store_at(void *dense, int dtype, int64_t origin, const int32_t *offset, int count, const float *value) {
+    if (dtype == BF16) {
+        uint16_t rounded[TILE], *target = (uint16_t *)dense + origin;
+        for (int i = 0; i < count; i++) rounded[i] = to_bf16(value[i]);
+        for (int i = 0; i < count; i++) target[offset[i]] = rounded[i];
+    } else {
+        float *target = (float *)dense + origin;
+        for (int i = 0; i < count; i++) target[offset[i]] = value[i];
+    }
+}
+
+static void load_compact(const void *compact, int dtype, int64_t start, int count, float *value) {
+    if (dtype == BF16) {
+        const uint16_t *source = (const uint16_t *)compact + start;
+        for (int i = 0; i < count; i++) value[i] = from_bf16(source[i]);
+    } else {
+        memcpy(value, (const float *)compact + start, 4 * count);
+    }
+}
+
+// What the steps share: the tile's offsets and its gradient, from compact or dense memory.
+static void load_tile(const Index *index, int64_t tile, int count, const void *gradient, int dtype, int is_compact,
+                      int32_t *offset, float *g) {
+    decode(index, tile, 0, count, offset);
+    if (is_compact)
+        load_compact(gradient, dtype, tile * TILE, count, g);
+    else
+        load_at(gradient, dtype, index->base[tile], offset, 0, count, g);
+}
+
+static inline int entries_of(int64_t tile, int64_t num_active) {
+    int64_t left = num_active - tile * TILE;
+    return left < TILE ? (int)left : TILE;
+}
+
+void lota_adamw(void *weights, int weights_dtype, const void *gradient, int gradient_dtype, int is_compact, Index index,
+                int64_t num_active, float *restrict master, float *restrict exp_avg, float *restrict exp_avg_sq,
+                const float *scalars, float one_minus_beta1, float beta2, float one_minus_beta2, float eps,
+                int num_threads) {
+    const float scale = scalars[0], decay = scalars[1], step_size = scalars[2], root = scalars[3];
+    if (scalars[4] != 0) return;
+    const int64_t num_tiles = (num_active + TILE - 1) / TILE;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (int64_t tile = 0; tile < num_tiles; tile++) {
+        const int count = entries_of(tile, num_active);
+        int32_t offset[TILE];
+        float g[TILE];
+        load_tile(&index, tile, count, gradient, gradient_dtype, is_compact, offset, g);
+        float *restrict w = master + tile * TILE, *restrict m = exp_avg + tile * TILE, *restrict v = exp_avg_sq + tile * TILE;
+        for (int i = 0; i < count; i++) {
+            const float x = g[i] * scale;
+            m[i] = m[i] + (x - m[i]) * one_minus_beta1;
+            v[i] = v[i] * beta2 + x * x * one_minus_beta2;
+            w[i] = w[i] * decay - m[i] / (sqrtf(v[i]) / root + eps) * step_size;
+        }
+        store_at(weights, weights_dtype, index.base[tile], offset, count, w);
+    }
+}
+
+void lota_rmsprop(void *weights, int weights_dtype, const void *gradient, int gradient_dtype, int is_compact,
+                  Index index, int64_t num_active, float *restrict master, float *restrict square_avg,
+                  const float *scalars, float alpha, float one_minus_alpha, float eps, int num_threads) {
+    const float scale = scalars[0], weight_decay = scalars[1], lr = scalars[2];
+    if (scalars[3] != 0) return;
+    const int64_t num_tiles = (num_active + TILE - 1) / TILE;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (int64_t tile = 0; tile < num_tiles; tile++) {
+        const int count = entries_of(tile, num_active);
+        int32_t offset[TILE];
+        float g[TILE];
+        load_tile(&index, tile, count, gradient, gradient_dtype, is_compact, offset, g);
+        float *restrict w = master + tile * TILE, *restrict v = square_avg + tile * TILE;
+        for (int i = 0; i < count; i++) {
+            const float x = g[i] * scale + w[i] * weight_decay;
+            v[i] = v[i] * alpha + x * x * one_minus_alpha;
+            w[i] = w[i] - x / (sqrtf(v[i]) + eps) * lr;
+        }
+        store_at(weights, weights_dtype, index.base[tile], offset, count, w);
+    }
+}
+
+// out[k - start] (+)= scale * source[position(k) - origin] for the entries start:stop, in fp32. scale: 1 value or null.
+void lota_gather(float *restrict out, const void *source, int source_dtype, Index index, const float *scale, int is_sum,
+                 int64_t start, int64_t stop, int64_t origin, int num_threads) {
+    const int64_t last_tile = (stop + TILE - 1) / TILE;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (int64_t tile = start / TILE; tile < last_tile; tile++) {
+        const int first = tile * TILE < start ? (int)(start - tile * TILE) : 0, last = entries_of(tile, stop);
+        int32_t offset[TILE];
+        float value[TILE];
+        decode(&index, tile, first, last, offset);
+        load_at(source, source_dtype, index.base[tile] - origin, offset, first, last, value);
+        float *restrict to = out + (tile * TILE - start);
+        if (scale)
+            for (int i = first; i < last; i++) value[i] *= *scale;
+        if (is_sum)
+            for (int i = first; i < last; i++) to[i] += value[i];
+        else
+            memcpy(to + first, value + first, 4 * (last - first));
+    }
+}

@@ -1,0 +1,80 @@
+"""Counting from outside the library: which tensors are alive, and what collectives carry, whoever issued them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# c10d's operators: which argument is the whole buffer that a collective moves, by the kind of collective.
+_COLLECTIVES = {
+    "allreduce_": ("all_reduce", 0),
+    "_allgather_base_": ("all_gather", 0),
+    "allgather_": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "reduce_scatter_": ("reduce_scatter", 1),
+    "alltoall_base_": ("all_to_all", 1),
+    "broadcast_": ("broadcast", 0),
+}
+_SILENT = {"barrier", "monitored_barrier_"}
+
+
+class LiveTensors(TorchDispatchMode):
+    """Every storage that an operation touched, and how many bytes of them are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    def nbytes(self) -> int:
+        return sum(self.sizes())
+
+    def sizes(self) -> list[int]:
+        """Bytes of every live storage."""
+        self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
+        return [size for _, size in self._storages.values()]
+
+
+class Traffic(LiveTensors):
+    """Live tensors, their peak at collectives, and the bytes of the buffers that collectives moved, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.payload: Counter[str] = Counter()
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace != "c10d" or name in _SILENT:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+            self.see_peak()
+            return result
+        kind, position = _COLLECTIVES[name]
+        self.payload[kind] += sum(leaf.nbytes for leaf in tree_leaves(args[position]) if _is_tensor(leaf))
+        self.see_peak()
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.see_peak()
+        return result
+
+    def see_peak(self) -> None:
+        self.peak = max(self.peak, self.nbytes())
+
+    def restart(self) -> None:
+        self.payload.clear()
+        self.peak = 0
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor)

@@ -1,0 +1,148 @@
+"""Every kernel compiles for GPUs that are not here: no spills, registers within a recorded budget, and 16-byte accesses
+on every compact buffer.
+
+All variants are compiled for sm_90 and gfx942, one of each kernel for sm_80 and sm_100; `pytest -m slow` compiles
+all for all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed on this platform")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiling needs a process without the interpreter", allow_module_level=True)
+
+from lota.kernels import triton_ops
+from tests.kernels.ahead_of_time import TARGETS, Machine, compile_for
+
+DTYPES = ("*i16", "*fp16", "*fp32")  # bf16 travels as its bits
+OFFSETS = ("*i16", "*i32")
+INDEX = {"base_ptr": "*i64", "num_active": "i64", "start": "i64", "stop": "i64", "origin": "i64", "numel": "i64"}
+FLOATS = dict.fromkeys(("one_minus_beta1", "beta2", "one_minus_beta2", "alpha", "one_minus_alpha", "eps"), "fp32")
+STATE = dict.fromkeys(("master_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "square_avg_ptr", "scalars_ptr"), "*fp32")
+
+# Most registers a thread that any variant needed when this was recorded (triton 3.9.0), and a tenth more.
+BUDGET = {
+    "adamw_kernel": {"sm_80": 119, "sm_90": 124, "sm_100": 123, "gfx942": 55},
+    "rmsprop_kernel": {"sm_80": 101, "sm_90": 103, "sm_100": 102, "gfx942": 56},
+    "gather_kernel": {"sm_80": 44, "sm_90": 60, "sm_100": 61, "gfx942": 27},
+    "scatter_kernel": {"sm_80": 44, "sm_90": 53, "sm_100": 44, "gfx942": 49},
+    "scatter_add_kernel": {"sm_80": 61, "sm_90": 53, "sm_100": 53, "gfx942": 49},
+    "exchange_kernel": {"sm_80": 53, "sm_90": 61, "sm_100": 61, "gfx942": 44},
+    "squared_norm_kernel": {"sm_80": 53, "sm_90": 53, "sm_100": 53, "gfx942": 40},
+    "mask_op_kernel": {"sm_80": 99, "sm_90": 113, "sm_100": 113, "gfx942": 68},
+    "popcount_kernel": {"sm_80": 47, "sm_90": 44, "sm_100": 44, "gfx942": 24},
+}
+
+
+def _num_bytes(dtype: str) -> int:
+    return 4 if dtype.endswith("32") else 2
+
+
+def _step_variants(name: str, moments: int):
+    for weights in DTYPES:
+        for offset in OFFSETS:
+            for gradient, is_compact in (("*fp32", True), (weights, False)):
+                types = {"weights_ptr": weights, "gradient_ptr": gradient, "offset_ptr": offset, **STATE}
+                state = [4] * (1 + moments)
+                loaded = [*state, _num_bytes(offset), *([4] if is_compact else [])]
+                yield name, types, {"IS_COMPACT": is_compact}, loaded, state
+
+
+def _variants():
+    """(kernel, types, constants, bytes an entry of every compact buffer that is loaded, the same of those stored)."""
+    yield from _step_variants("adamw_kernel", 2)
+    yield from _step_variants("rmsprop_kernel", 1)
+    for offset in OFFSETS:
+        index = _num_bytes(offset)
+        for dtype in DTYPES:
+            for is_sum, is_aligned in ((True, True), (False, True), (True, False)):
+                types = {"out_ptr": "*fp32", "source_ptr": dtype, "offset_ptr": offset, "scale_ptr": "*fp32"}
+                constants = {"IS_ALIGNED": is_aligned, "IS_SCALED": True, "IS_SUM": is_sum, "IS_MOVE": False}
+                # A span that begins inside a tile can only be read and written entry by entry.
+                compact = [4] if is_aligned else []
+                yield "gather_kernel", types, constants, [index, *(compact if is_sum else [])], compact
+            types = {"target_ptr": dtype, "values_ptr": "*fp32", "offset_ptr": offset}
+            yield "scatter_kernel", types, {"IS_MOVE": False}, [index, 4], []
+            types = {"target_ptr": dtype, "delta_ptr": "*fp32", "saved_ptr": dtype, "offset_ptr": offset}
+            types["alpha_ptr"] = "*fp32"
+            yield "scatter_add_kernel", types, {"IS_SAVED": True}, [index, 4], [_num_bytes(dtype)]
+        for bits in ("*i16", "*i32"):
+            types = {"out_ptr": bits, "source_ptr": bits, "offset_ptr": offset, "scale_ptr": "*i64"}
+            constants = {"IS_ALIGNED": True, "IS_SCALED": False, "IS_SUM": False, "IS_MOVE": True}
+            yield "gather_kernel", types, constants, [index], [_num_bytes(bits)]
+            types = {"target_ptr": bits, "values_ptr": bits, "offset_ptr": offset}
+            yield "scatter_kernel", types, {"IS_MOVE": True}, [index, _num_bytes(bits)], []
+            yield "exchange_kernel", types, {}, [index, _num_bytes(bits)], [_num_bytes(bits)]
+    block = {"BLOCK": triton_ops.WORDS_BLOCK}
+    for dtype in DTYPES:
+        yield "squared_norm_kernel", {"values_ptr": dtype, "partial_ptr": "*fp64"}, block, [], []
+    for op in ("and", "andnot", "or", "xor"):
+        yield "mask_op_kernel", dict.fromkeys(("a_ptr", "b_ptr", "out_ptr"), "*i32"), {"OP": op, **block}, [], []
+    yield "popcount_kernel", {"words_ptr": "*i32", "partial_ptr": "*i32"}, block, [], []
+
+
+def _check(module, variant, target: str) -> Machine:
+    """AssertionError where the machine code is not what was recorded."""
+    name, types, constants, loaded, stored = variant
+    machine = compile_for(getattr(module, name), {**INDEX, **FLOATS, **types}, constants, target)
+    entries = triton_ops.TILE // (4 * TARGETS[target].warp_size)  # of a thread
+    label = f"{name} {types} {constants} on {target}: {machine}"
+    assert machine.spills == 0, label
+    assert machine.registers <= BUDGET[name][target], label
+    assert machine.wide_loads >= sum(size * entries // 16 for size in loaded), label
+    assert machine.wide_stores >= sum(size * entries // 16 for size in stored), label
+    return machine
+
+
+VARIANTS = list(_variants())
+MAIN = [variant for number, variant in enumerate(VARIANTS) if variant[0] not in {v[0] for v in VARIANTS[:number]}]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
+def test_main_variants_compile(target):
+    for variant in MAIN:
+        _check(triton_ops, variant, target)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "sm_90",
+        "gfx942",
+        pytest.param("sm_80", marks=pytest.mark.slow),
+        pytest.param("sm_100", marks=pytest.mark.slow),
+    ],
+)
+def test_all_variants_compile(target):
+    for variant in VARIANTS:
+        _check(triton_ops, variant, target)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_change_that_breaks_wide_accesses_is_found(tmp_path, monkeypatch, target):
+    """Masking the compact state by the number of entries, which the compiler does not know, looks harmless."""
+    source = Path(triton_ops.__file__).read_text(encoding="utf-8")
+    access = "tl.load(master_ptr + first + i)"
+    assert source.count(access) == 2
+    (tmp_path / "planted_ops.py").write_text(
+        source.replace(access, "tl.load(master_ptr + first + i, mask=in_bounds, other=0.0)"), encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        planted = importlib.import_module("planted_ops")
+        with pytest.raises(AssertionError, match="adamw_kernel"):
+            _check(planted, VARIANTS[0], target)
+    finally:
+        sys.modules.pop("planted_ops", None)
