@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from lota.ticket import Mask
 from recipes.data_arguments import DataArguments, did_you_mean
 
 DS_CONFIG_PATH = Path(__file__).resolve().parents[1] / "ds_configs" / "zero3.json"
-METHODS = ("lota", "full")
+METHODS = ("lota", "full", "lora")
 SCORES = ("task_vector", "gradient", "fisher", "snip", "magnitude", "random")
 GRADIENT_SCORES = ("gradient", "fisher", "snip")
 STATIC_SCORES = ("magnitude", "random")
@@ -41,7 +42,8 @@ class LotaArguments(SourceArguments):
     """Data, model, and what is LoTA's own. None means: not given, the default in the help applies."""
 
     method: str = field(
-        default="lota", metadata={"help": "lota (calibrate, select, train a ticket) or full (all weights)."}
+        default="lota",
+        metadata={"help": "lota (calibrate, select, train a ticket), or full (all weights) or lora for comparison."},
     )
     density: float | None = field(default=None, metadata={"help": "Part of the eligible entries to train (0.1)."})
     budget: str | None = field(default=None, metadata={"help": "global or per_tensor (global)."})
@@ -63,6 +65,13 @@ class LotaArguments(SourceArguments):
     gradient_reduction: str = field(default="auto", metadata={"help": "auto, compact or dense."})
     kernels: str = field(default="auto", metadata={"help": "auto, torch or triton."})
     ticket_dtype: str | None = field(default=None, metadata={"help": "float32 keeps masters (the weights' own dtype)."})
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter (16)."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "The adapter is scaled by alpha / r (32)."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout before the adapter (0.05)."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get an adapter (all-linear: every linear layer but the head)."}
+    )
+    use_rslora: bool | None = field(default=None, metadata={"help": "Scale by alpha / sqrt(r) instead (false)."})
     merged: bool = field(default=False, metadata={"help": "Also write the trained model to output_dir/merged."})
 
 
@@ -137,10 +146,15 @@ def validate(
     _choice("method", args.method, METHODS)
     if args.ticket_dtype not in (None, "float32"):
         raise ValueError(f"ticket_dtype must be float32 or left out (the weights' own), got {args.ticket_dtype!r}")
-    if args.method == "full":
+    if args.method != "lora":
+        unused.drop(f"method: {args.method} has no adapter", _LORA)
+    if args.method in ("full", "lora"):
         if mask_only:
-            raise ValueError("method: full has no mask to calibrate; use method: lota")
-        unused.drop("method: full trains every weight", (*_CALIBRATION, "mask", "shard_group_size", "ticket_dtype"))
+            raise ValueError(f"method: {args.method} has no mask to calibrate; use method: lota")
+        what = "every weight" if args.method == "full" else "an adapter"
+        unused.drop(f"method: {args.method} trains {what}", (*_CALIBRATION, "mask", "shard_group_size", "ticket_dtype"))
+        if args.method == "lora":
+            _fill_lora(args)
     elif args.mask is not None:
         if mask_only:
             raise ValueError("mask is given, so there is nothing to calibrate; remove it")
@@ -156,6 +170,24 @@ def validate(
 _CALIBRATION = (
     "density", "budget", "score", "calibration_steps", "calibration_learning_rate", "protect", "include", "exclude",
 )  # fmt: skip
+
+_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
+
+
+def _fill_lora(args: LotaArguments) -> None:
+    """TRL's defaults, on every linear layer: LoTA may choose from all of them, too."""
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("method: lora needs PEFT, which is not installed: pip install 'peft>=0.19'")
+    args.lora_r = 16 if args.lora_r is None else args.lora_r
+    args.lora_alpha = 32 if args.lora_alpha is None else args.lora_alpha
+    args.lora_dropout = 0.05 if args.lora_dropout is None else args.lora_dropout
+    args.lora_target_modules = args.lora_target_modules or ["all-linear"]
+    args.use_rslora = bool(args.use_rslora)
+    for name in ("lora_r", "lora_alpha"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.lora_dropout < 1:
+        raise ValueError(f"lora_dropout must be in [0, 1), got {args.lora_dropout}")
 
 
 def _fill_calibration(args: LotaArguments, config: RecipeConfig, unused: _Unused) -> None:
@@ -198,8 +230,6 @@ def _check_stage(config: RecipeConfig) -> None:
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         hint = did_you_mean(value, choices)
-        if (name, value) == ("method", "lora"):
-            hint = ": the LoRA baseline is not part of this version"
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 

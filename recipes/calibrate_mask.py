@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes run from the checkout, under any launcher
 
+from lota.zero.world import join_world
 from recipes import data
 from recipes.arguments import parse, validate
 from recipes.mask_phase import calibrate, mask_facts
@@ -25,6 +26,7 @@ from recipes.run_folder import RunFolder, barrier, rank, say, versions, world_si
 
 def main() -> None:
     started = time.monotonic()
+    join_world()
     args, config = parse()
     notes = validate(args, config, mask_only=True)
     sets = data.load(args, config.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from lota.checkpoint import apply_to_checkpoint
 from lota.folder import locate
 from lota.ticket import Ticket
+from recipes import lora
 from recipes.arguments import LotaArguments
 from recipes.phases import load_tokenizer
 from recipes.run_folder import barrier, rank, say
@@ -40,8 +42,8 @@ def save_applied(args: LotaArguments, dtype: torch.dtype, ticket_path: Path, pat
 def save_sharded(engine: Any, path: Path, args: LotaArguments) -> None:
     """Write the model of a ZeRO-3 engine as a Hugging Face folder. Collective.
 
-    Tensors are gathered one at a time, and rank 0 holds at most one shard file of them. Tied tensors are written once,
-    as transformers does.
+    Tensors are gathered one at a time, an adapter merged into them, and rank 0 holds at most one shard file. Tied
+    tensors are written once, as transformers does.
     """
     engine.empty_partition_cache()  # a forward pass leaves prefetched tensors in flight, which cannot be gathered
     model = engine.module
@@ -52,11 +54,10 @@ def save_sharded(engine: Any, path: Path, args: LotaArguments) -> None:
     shard: dict[str, Tensor] = {}
     shards: list[list[str]] = []
     total = 0
-    for name, param in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([param]):
-            if rank() == 0:
-                shard[name] = param.detach().cpu().clone()
-                total += shard[name].nbytes
+    for name, tensor in lora.merged_tensors(model) if args.method == "lora" else _tensors(model):
+        if tensor is not None:
+            shard[name] = tensor
+            total += tensor.nbytes
         if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
             shards.append(_write_shard(temporary, len(shards), shard))
             shard = {}
@@ -69,6 +70,13 @@ def save_sharded(engine: Any, path: Path, args: LotaArguments) -> None:
         os.replace(temporary, path)
         say(f"trained model in {path}")
     barrier()
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, Tensor | None]]:
+    """Every tensor, whole, on rank 0. Collective."""
+    for name, param in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([param]):
+            yield name, param.detach().cpu().clone() if rank() == 0 else None
 
 
 def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> list[str]:

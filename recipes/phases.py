@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
 
+from recipes import lora
 from recipes.arguments import LotaArguments, RecipeConfig, SourceArguments
 from recipes.run_folder import RunFolder, rank, say, world_size
 
@@ -64,6 +65,7 @@ class Phase:
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=load_tokenizer(args),
+            peft_config=lora.peft_config(args) if args.method == "lora" else None,
         )
         self.trainer.remove_callback(ProgressCallback)
         self._log = _Log(name, folder)
@@ -75,6 +77,11 @@ class Phase:
     def prepared(self) -> Dataset:
         """The training set as TRL tokenized it, which the next phase can take as it is."""
         return self.trainer.train_dataset
+
+    @property
+    def num_micro_steps(self) -> int:
+        """Backwards of the training so far."""
+        return self._log.num_micro_steps
 
     def run(self) -> dict[str, Any]:
         """Train, evaluate where there is an evaluation set, and say what happened. Collective."""
@@ -150,6 +157,13 @@ class _Log(TrainerCallback):
         self.phase, self.folder = phase, folder
         self.first_eval_loss: float | None = None
         self.last_loss: float | None = None
+        self.num_micro_steps = 0
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.num_micro_steps += 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.num_micro_steps += 1
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         row = dict(logs or {})

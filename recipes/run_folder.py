@@ -20,7 +20,7 @@ import yaml
 from lota.card import write_ticket_card
 from recipes.arguments import LotaArguments, RecipeConfig
 
-LEFT_BY_A_RUN = ("config.yaml", "metrics.jsonl", "summary.json", "report.png", "ticket", "mask", "merged")
+LEFT_BY_A_RUN = ("config.yaml", "metrics.jsonl", "summary.json", "report.png", "ticket", "mask", "adapter", "merged")
 
 
 class RunFolder:

@@ -1,6 +1,6 @@
 """Fine-tune a model as a lottery ticket (LoTA): calibrate, select, rewind, train sparsely, deliver.
 
-    one GPU      deepspeed --num_gpus 1 recipes/train_lota.py --config recipes/configs/llama31_8b_gsm8k.yaml
+    one GPU      python recipes/train_lota.py --config recipes/configs/llama31_8b_gsm8k.yaml
     one node     deepspeed recipes/train_lota.py --config recipes/configs/llama31_8b_gsm8k.yaml
     two nodes    deepspeed --hostfile hosts --num_nodes 2 recipes/train_lota.py --config FILE --shard_group_size 8
     CPU ranks    OMP_NUM_THREADS=1 deepspeed --num_gpus 2 recipes/train_lota.py --config recipes/configs/demo.yaml ...
@@ -8,7 +8,7 @@
 Every option of TRL's SFTConfig and of recipes/arguments.py may stand in the file or on the command line, which wins.
 In output_dir: ticket/, summary.json, report.png, metrics.jsonl, config.yaml and, on request, merged/. Stages can be
 taken apart: recipes/calibrate_mask.py stops at the mask, and `--mask PATH` starts from one. `--method full` trains all
-weights with stock ZeRO-3 on the same data, for comparison.
+weights, `--method lora` an adapter, with stock ZeRO-3 on the same data, for comparison.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes run from
 import torch
 
 import lota
-from recipes import data, dense_checkpoint
+from lota.zero.dense_report import dense_report
+from lota.zero.world import join_world
+from recipes import data, dense_checkpoint, lora
 from recipes.arguments import LotaArguments, parse, validate
 from recipes.mask_phase import calibrate, mask_facts
 from recipes.phases import Phase, timed, training_dtype
@@ -32,6 +34,7 @@ from recipes.run_folder import RunFolder, rank, say, versions, world_size
 
 def main() -> None:
     started = time.monotonic()
+    join_world()
     args, config = parse()
     notes = validate(args, config)
     sets = data.load(args, config.seed)
@@ -43,14 +46,8 @@ def main() -> None:
 
     seconds: dict[str, float] = {}
     summary: dict[str, Any] = {"method": args.method, "model": args.model_name_or_path, "world_size": world_size()}
-    if args.method == "full":
-        with timed(seconds, "training"):
-            phase = Phase("train", args, config, sets, folder)
-            summary["training"] = phase.run()
-        if args.merged:
-            with timed(seconds, "merged"):
-                dense_checkpoint.save_sharded(phase.trainer.deepspeed, folder.path / "merged", args)
-        phase.close()
+    if args.method in ("full", "lora"):
+        train_densely(args, config, sets, folder, seconds, summary)
     else:
         if args.mask is not None:
             mask = lota.Mask.load(args.mask)
@@ -65,6 +62,31 @@ def main() -> None:
     folder.draw_report(summary)
     folder.write_summary(summary)
     say(f"done in {seconds['total']:.0f} s; {folder.path / 'summary.json'} has the figures")
+
+
+def train_densely(
+    args: LotaArguments,
+    config: Any,
+    sets: Any,
+    folder: RunFolder,
+    seconds: dict[str, float],
+    summary: dict[str, Any],
+) -> None:
+    """Train all weights, or an adapter, with DeepSpeed's own ZeRO-3; `summary` gets what LoTA's would. Collective."""
+    with timed(seconds, "training"):
+        phase = Phase("train", args, config, sets, folder)
+        facts = phase.run()
+    engine = phase.trainer.deepspeed
+    report = dense_report(engine, phase.num_micro_steps)
+    summary["training"] = facts | {"report": report}
+    say(f"held {sum(report['bytes_held'].values()) / 2**20:.1f} MiB a rank for model states")
+    if args.method == "lora":
+        with timed(seconds, "adapter"):
+            summary["adapter"] = lora.save_adapter(engine, folder.path / "adapter", args.model_name_or_path or "")
+    if args.merged:
+        with timed(seconds, "merged"):
+            dense_checkpoint.save_sharded(engine, folder.path / "merged", args)
+    phase.close()
 
 
 def train_ticket(

@@ -152,8 +152,8 @@ class GradientScores:
         if not self._delivered.isdisjoint(slots):
             name = self._pieces[self._whole.stretches[slots.start].tensor].name
             raise ValueError(
-                f"{name} got gradients twice in one backward (weights shared under reentrant activation checkpointing). "
-                "Use non-reentrant checkpointing, or gradient_accumulation_steps > 1."
+                f"{name} got gradients twice in one backward (weights shared under reentrant activation "
+                "checkpointing). Use non-reentrant checkpointing, or gradient_accumulation_steps > 1."
             )
         self._delivered.update(slots)
         self._add(where, values)

@@ -41,7 +41,6 @@ def test_defaults() -> None:
         (["--density", "nan"], "density must be"),
         (["--score", "fischer"], "score must be one of .* Did you mean 'fisher'"),
         (["--budget", "local"], "budget must be"),
-        (["--method", "lora"], "not part of this version"),
         (["--method", "ful"], "Did you mean 'full'"),
         (["--densty", "0.1"], r"unknown option 'densty'\. Did you mean 'density'"),
         (["--method", "full", "--density", "0.1"], "density would be ignored: remove it"),
