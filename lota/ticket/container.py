@@ -93,7 +93,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         entries.pop("__metadata__", None)
         return _located(entries, path, 8 + header_bytes, file_bytes)
     except (FileNotFoundError, IsADirectoryError):
-        raise ValueError(f"{path}: expected a file, as ticket.json says, got none. Copy the whole directory.") from None
+        raise ValueError(f"{path}: expected a file, got none. Copy the whole directory.") from None
     except ValueError as error:
         raise ValueError(f"{path}: not a sound safetensors file: {error}. It is damaged: copy it again.") from None
 

@@ -112,7 +112,7 @@ def parse_manifest(text: bytes) -> Manifest:
     match = _FIRST_LINE.fullmatch(first)
     if match is None:
         raise ValueError(
-            f"expected the first line {{\"sha256\": \"<64 hex digits>\", got {first[:90]!r}. "
+            f'expected the first line {{"sha256": "<64 hex digits>", got {first[:90]!r}. '
             "The file is damaged or no ticket: copy it again."
         )
     digest = hashlib.sha256(body).hexdigest()

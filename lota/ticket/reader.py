@@ -72,10 +72,12 @@ def open_ticket(path: str | os.PathLike[str]) -> StoredTicket:
     indices = {record.name: _read_index(stored[record.name + INDEX], record) for record in manifest.tensors}
     values = base_values = None
     if manifest.has_values:
-        values = StoredValues({
-            record.name: (stored[record.name + VALUES], str(record.values_dtype), str(record.values_sha256))
-            for record in manifest.tensors
-        })
+        values = StoredValues(
+            {
+                record.name: (stored[record.name + VALUES], str(record.values_dtype), str(record.values_sha256))
+                for record in manifest.tensors
+            }
+        )
     if manifest.has_base_values:
         base_values = StoredValues({
             record.name: (

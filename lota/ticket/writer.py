@@ -179,9 +179,7 @@ class TicketWriter:
             TensorRecord(**{**vars(self._records[name]), "file": files[self._shard_of[name]]})
             for name in self._mask.names
         ]
-        manifest = Manifest(
-            tuple(records), self._has_values, self._has_base_values, self.num_changed, self._provenance
-        )
+        manifest = Manifest(tuple(records), self._has_values, self._has_base_values, self.num_changed, self._provenance)
         with open(self._temporary / MANIFEST_NAME, "xb") as file:
             file.write(format_manifest(manifest))
             file.flush()
@@ -256,4 +254,3 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lota.ticket import BaseTensor
 from lota.zero import engine as engines
+from lota.zero.dense_state import DenseState
 from lota.zero.frozen import Freeze
 from lota.zero.groups import make_groups
 from lota.zero.run import BUCKET_NUMEL, BlockRun
@@ -82,7 +83,17 @@ class CalibrationRun(BlockRun):
         self._check(self.shapes, {name: self.base[name] for name in self.names})
         if self.score == "task_vector":
             self._check_optimizer_holds(self.names, engine.optimizer, "calibration scores")
-            self.core = TaskVectorScores(self._pieces(engine.module), engines.master_of(engine))
+            self.core = TaskVectorScores(self._pieces(engine.module), DenseState(engine))
+
+    def _identity(self) -> dict[str, Any]:
+        optimizer = type(self.engine.optimizer.optimizer).__name__ if self.score == "task_vector" else "none"
+        return {
+            "kind": "calibration",
+            "score": self.score,
+            "eligible_tensors": list(self.names),
+            "optimizer": optimizer,
+            **super()._identity(),
+        }
 
     def scores(self) -> Iterator[tuple[str, int, Tensor]]:
         """This rank's pieces: name, flat start, scores (fp32)."""

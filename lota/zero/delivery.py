@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lota.ticket import Mask, TicketWriter
 from lota.ticket.fingerprint import fingerprint_at
+from lota.zero.agreement import raise_together
 from lota.zero.layout import owned_range
 from lota.zero.sparse import SparseTraining
 
@@ -55,7 +56,7 @@ def deliver(
             writer = TicketWriter(path, mask, provenance or {}, overwrite=overwrite)
         except Exception as caught:  # noqa: BLE001 (raised on every rank)
             error = caught
-    _tell_all(error)
+    raise_together(error)
     try:
         for name in mask.names:
             values, base = _collect(training, mask, name, dtype, device)
@@ -72,23 +73,11 @@ def deliver(
     finally:
         if writer is not None:
             writer.abandon()
-    _tell_all(error)
+    raise_together(error)
     counts = [] if writer is None else [{"num_changed": writer.num_changed or 0, "bytes": writer.num_bytes}]
     box: list[Any] = counts or [None]
     dist.broadcast_object_list(box, src=0)
     return {"num_active": mask.num_active} | box[0]
-
-
-def _tell_all(error: Exception | None) -> None:
-    """Raise rank 0's error, if there is one, on every rank."""
-    box: list[Any] = [None if error is None else (error if _can_travel(error) else RuntimeError(repr(error)))]
-    dist.broadcast_object_list(box, src=0)
-    if box[0] is not None:
-        raise box[0]
-
-
-def _can_travel(error: Exception) -> bool:
-    return isinstance(error, (ValueError, TypeError, OSError)) and type(error).__module__ == "builtins"
 
 
 def _collect(

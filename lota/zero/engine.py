@@ -1,4 +1,6 @@
-"""DeepSpeed's engine and ZeRO-3 optimizer, subclassed. The only file with DeepSpeed's private names.
+"""DeepSpeed's engine and ZeRO-3 optimizer, subclassed.
+
+With `dense_state.py` the only file with DeepSpeed's private names.
 
 `deepspeed.initialize` looks `DeepSpeedEngine` up in its module when it is called, and the engine imports the ZeRO-3
 class when it builds its optimizer: for the length of a block both are replaced by the subclasses below. They forward
@@ -9,8 +11,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, Protocol
 
@@ -45,6 +48,8 @@ class Run(Protocol):
     def weight_group(self) -> Any: ...
     def build(self, optimizer: Any, engine: Any) -> Any: ...
     def built(self, engine: Any) -> None: ...
+    def save_checkpoint(self, save_dir: Path, tag: Any, client_state: Mapping[str, Any], save_latest: bool) -> None: ...
+    def load_checkpoint(self, load_dir: Path, tag: Any, load_lr_scheduler_states: bool) -> Any: ...
 
 
 def check_version() -> None:
@@ -173,18 +178,54 @@ class LotaEngine(DeepSpeedEngine):
             "lota.sparse_zero3 to reduce once per step on compact gradients"
         )
 
-    def save_checkpoint(self, save_dir: str, *args: Any, **kwargs: Any) -> Any:
-        if self.is_lota and self.optimizer_class is not None:
-            raise NotImplementedError(
-                "checkpoints of a lota block are not available in this version: set save_strategy to 'no' and save "
-                "the ticket with run.save_ticket(path)"
-            )
-        return super().save_checkpoint(save_dir, *args, **kwargs)
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        """Never inside a block, whatever the configuration says: a checkpoint is the ticket's state, not the model."""
+        return super().zero_gather_16bit_weights_on_model_save() and not self.is_lota
 
-    def load_checkpoint(self, load_dir: str, *args: Any, **kwargs: Any) -> Any:
-        if self.is_lota and self.optimizer_class is not None:
-            raise NotImplementedError("a lota block cannot load checkpoints in this version: start from the base")
-        return super().load_checkpoint(load_dir, *args, **kwargs)
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: Any = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write `save_dir/global_stepN` (or `tag`): state in safetensors and JSON, see `lota.zero.checkpoint`.
+
+        Frozen parameters are never in it. Collective over the world.
+        """
+        if not self.is_lota:
+            return super().save_checkpoint(save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
+        self.optimizer.checkpoint_event_prologue()
+        self.run.save_checkpoint(Path(save_dir), tag, client_state or {}, save_latest)
+        self.optimizer.checkpoint_event_epilogue()
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> Any:
+        """Restore what `save_checkpoint` of the same block on the same base wrote. Collective over the world."""
+        if not self.is_lota:
+            return super().load_checkpoint(
+                *(load_dir, tag, load_module_strict, load_optimizer_states, load_lr_scheduler_states),
+                *(load_module_only, custom_load_fn),
+            )
+        if load_module_only or not load_optimizer_states or custom_load_fn is not None:
+            raise ValueError(
+                "a checkpoint of a lota block holds the optimizer's state and nothing else: load it whole, without "
+                "load_module_only, load_optimizer_states=False and custom_load_fn"
+            )
+        self.optimizer.checkpoint_event_prologue()
+        loaded = self.run.load_checkpoint(Path(load_dir), tag, load_lr_scheduler_states)
+        self.optimizer.checkpoint_event_epilogue()
+        return loaded
 
 
 class CompactOptimizer(DeepSpeedZeroOptimizer_Stage3):
@@ -395,14 +436,6 @@ def _zero_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Full shape of every parameter, sharded or not."""
     return {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in model.named_parameters()}
-
-
-def master_of(engine: Any) -> Callable[[str], Tensor]:
-    """Name -> this rank's flat fp32 masters under a stock ZeRO-3 engine."""
-    from deepspeed.utils import safe_get_local_fp32_param
-
-    parameters = dict(engine.module.named_parameters())
-    return lambda name: safe_get_local_fp32_param(parameters[name])
 
 
 def _regroup(model: torch.nn.Module, group: Any) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from lota.ticket import BaseTensor
 from lota.zero import engine as engines
+from lota.zero import resume
 from lota.zero.base import fingerprints
 from lota.zero.frozen import Freeze
 from lota.zero.groups import BlockGroups
@@ -33,6 +36,7 @@ class BlockRun:
         self._was_built = False
         self.is_closed = False
         self.core: Any = None
+        self._last_saved: tuple[Path, int] | None = None
 
     def _claim(self) -> None:
         if self._freeze is not None:
@@ -54,6 +58,48 @@ class BlockRun:
 
     def built(self, engine: Any) -> None:
         self.engine, self._was_built = engine, True
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be resumed from: JSON, the same on every rank."""
+        return {
+            "base": {name: f"{tensor.dtype} {tensor.fingerprint}" for name, tensor in self.base.items()},
+            "global_batch": self.engine.train_batch_size(),
+            "parameter_groups": len(self.engine.optimizer.param_groups),
+        }
+
+    def save_checkpoint(self, save_dir: Path, tag: Any, client_state: Mapping[str, Any], save_latest: bool) -> None:
+        """What `engine.save_checkpoint` does inside a block; a second save of the same step does nothing."""
+        engine = self._need_engine("save_checkpoint")
+        name = f"global_step{engine.global_steps}" if tag is None else str(tag)
+        folder = save_dir / name
+        size, rank = self.groups.reduction.shard_size, dist.get_rank()
+        is_there = [self._last_saved == (folder.absolute(), engine.global_steps) and folder.is_dir()]
+        dist.broadcast_object_list(is_there, src=0)
+        if is_there[0]:
+            return
+        resume.save(
+            engine,
+            self.core,
+            self._identity(),
+            folder,
+            file_number=rank if rank < size else None,
+            num_files=size,
+            client_state=client_state,
+        )
+        self._last_saved = folder.absolute(), engine.global_steps
+        if save_latest and rank == 0:
+            resume.mark_latest(save_dir, name)
+        dist.barrier()
+
+    def load_checkpoint(self, load_dir: Path, tag: Any, load_lr_scheduler_states: bool) -> tuple[str, dict[str, Any]]:
+        """What `engine.load_checkpoint` does inside a block: the folder and its client state."""
+        engine = self._need_engine("load_checkpoint")
+        folder = load_dir / (resume.latest_tag(load_dir) if tag is None else str(tag))
+        client_state = resume.load(
+            engine, self.core, self._identity(), folder, load_lr_scheduler_states=load_lr_scheduler_states
+        )
+        self._last_saved = None
+        return str(folder), client_state
 
     def close(self, has_failed: bool) -> None:
         """End of the block."""

@@ -8,13 +8,15 @@ hash.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lota.zero.checkpoint import Vector
 from lota.zero.layout import owned_range
 from lota.zero.reduction import GradientReducer, ReductionGroups
 from lota.zero.whole import WholeGradients
@@ -33,14 +35,21 @@ class Piece:
     weights: Tensor
 
 
+class DenseOptimizer(Protocol):
+    """fp32 state of a dense ZeRO-3 run by tensor name: this rank's flat padded pieces. kind: "master" or a moment."""
+
+    def moment_names(self) -> tuple[str, ...]: ...
+    def get(self, name: str, kind: str) -> Tensor: ...
+    def put(self, name: str, kind: str, values: Tensor) -> None: ...
+    def numbers(self) -> dict[str, Any]: ...
+    def make_state(self, moment_names: Iterable[str], numbers: Mapping[str, Any]) -> None: ...
+
+
 class TaskVectorScores:
-    """Keeps the base's values in host memory and compares with the masters of a dense run.
+    """Keeps the base's values in host memory and compares with the masters of a dense run, which are DeepSpeed's."""
 
-    master(name): this rank's flat fp32 masters of a tensor, at least as long as its piece.
-    """
-
-    def __init__(self, pieces: Sequence[Piece], master: Callable[[str], Tensor]) -> None:
-        self._pieces, self._master = pieces, master
+    def __init__(self, pieces: Sequence[Piece], dense: DenseOptimizer) -> None:
+        self._pieces, self._dense = pieces, dense
         self._base = {piece.name: piece.weights.detach().to("cpu", copy=True) for piece in pieces}
 
     def base(self, name: str) -> Tensor:
@@ -48,15 +57,42 @@ class TaskVectorScores:
 
     def scores(self) -> Iterator[tuple[str, int, Tensor]]:
         for piece in self._pieces:
-            master = self._master(piece.name).detach()[: piece.weights.numel()]
+            master = self._dense.get(piece.name, "master")[: piece.weights.numel()]
             yield piece.name, piece.start, master - self._base[piece.name].to(master.device).float()
 
     def nbytes(self) -> dict[str, int]:
         return {"base_host": sum(base.nbytes for base in self._base.values())}
 
+    def is_mid_step(self) -> bool:
+        return False  # DeepSpeed's own gradients are not looked at; Trainers save after a step
+
+    def numbers(self) -> dict[str, Any]:
+        return {"optimizer": self._dense.numbers()}
+
+    def vectors(self) -> list[Vector]:
+        kinds = ("master", *self._dense.moment_names())
+        return [self._vector(piece, kind) for piece in self._pieces if piece.weights.numel() for kind in kinds]
+
+    def _vector(self, piece: Piece, kind: str) -> Vector:
+        count = piece.weights.numel()
+        return Vector(
+            f"{piece.name}.{kind}",
+            piece.start,
+            count,
+            lambda: self._dense.get(piece.name, kind)[:count],
+            lambda values: self._dense.put(piece.name, kind, values),
+        )
+
+    def prepare_restore(self, numbers: Mapping[str, Any], keys: set[str]) -> None:
+        self._dense.make_state({key.rpartition(".")[2] for key in keys} - {"master"}, numbers["optimizer"])
+
+    def restored(self, numbers: Mapping[str, Any]) -> None:
+        for piece in self._pieces:
+            piece.weights.copy_(self._dense.get(piece.name, "master")[: piece.weights.numel()])
+
 
 class WeightScores:
-    """`magnitude` and `random`: nothing is accumulated."""
+    """`magnitude` and `random`: nothing is accumulated, and there is nothing to resume."""
 
     def __init__(self, pieces: Sequence[Piece], score: str) -> None:
         self._pieces, self._score = pieces, score
@@ -81,6 +117,21 @@ class WeightScores:
 
     def nbytes(self) -> dict[str, int]:
         return {}
+
+    def is_mid_step(self) -> bool:
+        return False
+
+    def numbers(self) -> dict[str, Any]:
+        return {}
+
+    def vectors(self) -> list[Vector]:
+        return []
+
+    def prepare_restore(self, numbers: Mapping[str, Any], keys: set[str]) -> None:
+        pass
+
+    def restored(self, numbers: Mapping[str, Any]) -> None:
+        pass
 
 
 class GradientScores:
@@ -201,6 +252,26 @@ class GradientScores:
                 piece.start,
                 mean * piece.weights.to(mean.device).float().abs() if self._score == "snip" else mean,
             )
+
+    def is_mid_step(self) -> bool:
+        return self._is_pending
+
+    def numbers(self) -> dict[str, Any]:
+        return {"num_batches": self.num_batches}
+
+    def vectors(self) -> list[Vector]:
+        bounds = zip(self._pieces, self._offsets, self._offsets[1:])
+        return [
+            Vector.of(f"{piece.name}.{self._score}", piece.start, self._sum[first:last])
+            for piece, first, last in bounds
+            if last > first
+        ]
+
+    def prepare_restore(self, numbers: Mapping[str, Any], keys: set[str]) -> None:
+        pass
+
+    def restored(self, numbers: Mapping[str, Any]) -> None:
+        self.num_batches = numbers["num_batches"]
 
     def nbytes(self) -> dict[str, int]:
         gradient = 0 if self._gradient is None else self._gradient.nbytes

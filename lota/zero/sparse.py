@@ -4,7 +4,7 @@ here."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lota.kernels import gather, gather_add_, squared_norm
+from lota.kernels import gather, gather_add_, scatter_, squared_norm
 from lota.ticket import Mask
+from lota.zero.checkpoint import Vector
 from lota.zero.layout import Slot
 from lota.zero.reduction import GradientReducer, ReductionGroups
 from lota.zero.state import CompactState
@@ -212,6 +213,37 @@ class SparseTraining:
         values = state.weights.new_empty(entries.stop - entries.start)
         gather(state.weights, state.local_index, out=values, start=entries.start, stop=entries.stop)
         return values.cpu(), base
+
+    def is_mid_step(self) -> bool:
+        return self._has_gradients
+
+    def numbers(self) -> dict[str, Any]:
+        """Counts that a checkpoint keeps, and what the update keeps beside its moments."""
+        update = next((self.update.numbers(state) for state in self.states if state.layout.local_active), {})
+        return {"steps": self.num_steps, "skipped": self.num_skipped(), "update": update}
+
+    def vectors(self) -> list[Vector]:
+        """Masters and moments of this rank's active entries, tensor by tensor."""
+        vectors = []
+        for name, (state, slot) in self._place.items():
+            entries = state.entries(slot)
+            start = sum(slot.counts[: self.groups.shard_rank])
+            if entries.stop > entries.start:
+                kinds = {"master": state.master} | self.update.moments(state)
+                vectors += [Vector.of(f"{name}.{kind}", start, kinds[kind][entries]) for kind in kinds]
+        return vectors
+
+    def prepare_restore(self, numbers: Mapping[str, Any], keys: set[str]) -> None:
+        names = {key.rpartition(".")[2] for key in keys} - {"master"}
+        for state in self.states:
+            self.update.prepare_restore(state, names, numbers["update"])
+
+    def restored(self, numbers: Mapping[str, Any]) -> None:
+        """The weights follow the masters, as after a step."""
+        for state in self.states:
+            scatter_(state.weights, state.local_index, state.master)
+        self.num_steps = numbers["steps"]
+        self._num_skipped.fill_(numbers["skipped"])
 
     def num_skipped(self) -> int:
         return int(self._num_skipped)

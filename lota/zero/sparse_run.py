@@ -89,6 +89,15 @@ class SparseRun(BlockRun):
         )
         return self.core
 
+    def _identity(self) -> dict[str, Any]:
+        mask = {"digest": self.mask.digest, "num_active": self.mask.num_active, "eligible": self.mask.eligible}
+        return {
+            "kind": "sparse training",
+            "mask": mask,
+            "optimizer": self._training.update.name,
+            **super()._identity(),
+        }
+
     def report(self) -> dict[str, Any]:
         """What this rank holds and sent, in bytes, against dense ZeRO-3 AdamW with fp32 gradients; counts and steps."""
         training, reduction = self._training, self.groups.reduction

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -34,8 +35,33 @@ class Update(Protocol):
         """Bytes of state beside the moments that `CompactState` holds."""
         ...
 
+    def moments(self, state: CompactState) -> dict[str, Tensor]:
+        """What the update remembers of every entry, as long as the masters."""
+        ...
 
-class AdamW:
+    def numbers(self, state: CompactState) -> dict[str, Any]:
+        """What it remembers besides, as JSON."""
+        ...
+
+    def prepare_restore(self, state: CompactState, names: Iterable[str], numbers: Mapping[str, Any]) -> None:
+        """Take the numbers, and make `moments(state)` the named ones, to be filled."""
+        ...
+
+
+class _KernelUpdate:
+    """Moments that `CompactState` holds."""
+
+    def moments(self, state: CompactState) -> dict[str, Tensor]:
+        return state.moments
+
+    def numbers(self, state: CompactState) -> dict[str, Any]:
+        return {}
+
+    def prepare_restore(self, state: CompactState, names: Iterable[str], numbers: Mapping[str, Any]) -> None:
+        pass
+
+
+class AdamW(_KernelUpdate):
     """`lota.kernels.adamw_`; the step count is a device value that a skipped step leaves alone."""
 
     name = "adamw"
@@ -69,8 +95,14 @@ class AdamW:
     def nbytes(self) -> int:
         return sum(step.nbytes for step in self.steps.values())
 
+    def numbers(self, state: CompactState) -> dict[str, Any]:
+        return {"step": float(self.steps[id(state)]) if id(state) in self.steps else 0.0}
 
-class RMSprop:
+    def prepare_restore(self, state: CompactState, names: Iterable[str], numbers: Mapping[str, Any]) -> None:
+        self.steps[id(state)] = torch.tensor(numbers["step"], dtype=torch.float64, device=state.master.device)
+
+
+class RMSprop(_KernelUpdate):
     """`lota.kernels.rmsprop_`."""
 
     name = "rmsprop"
@@ -119,6 +151,27 @@ class TorchOptimizer:
     def nbytes(self) -> int:
         states = self.optimizer.state.values()
         return sum(value.nbytes for state in states for value in state.values() if torch.is_tensor(value))
+
+    def moments(self, state: CompactState) -> dict[str, Tensor]:
+        own = self.optimizer.state.get(state.master, {})
+        return {key: value for key, value in own.items() if _is_moment(value, state)}
+
+    def numbers(self, state: CompactState) -> dict[str, Any]:
+        own = self.optimizer.state.get(state.master, {})
+        rest = {key: value for key, value in own.items() if not _is_moment(value, state)}
+        return {key: {"tensor": value.item()} if torch.is_tensor(value) else value for key, value in rest.items()}
+
+    def prepare_restore(self, state: CompactState, names: Iterable[str], numbers: Mapping[str, Any]) -> None:
+        if state.layout.local_active == 0:
+            return
+        own: dict[str, Any] = {name: torch.zeros_like(state.master) for name in names}
+        for key, value in numbers.items():
+            own[key] = torch.tensor(value["tensor"]) if isinstance(value, dict) else value
+        self.optimizer.state[state.master] = own
+
+
+def _is_moment(value: Any, state: CompactState) -> bool:
+    return torch.is_tensor(value) and value.shape == state.master.shape
 
 
 def choose_update(optimizer: torch.optim.Optimizer, device: torch.device) -> Update:

@@ -53,6 +53,7 @@ def test_indices_and_dense_make_the_same_mask() -> None:
 
 def test_one_tensor_at_a_time_is_asked_for() -> None:
     """The next tensor is not made before the one before was encoded and let go."""
+
     def rows() -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
         earlier: list[weakref.ref[torch.Tensor]] = []
         for number in range(4):

@@ -196,7 +196,6 @@ def _accessors() -> dict[str, Any]:
             "set local state": lambda: utils.safe_set_local_optimizer_state(param, value.flatten(), "exp_avg"),
             "update grads": lambda: utils.safe_update_full_grad_vectorized([param], lambda g, p: g),
             "offload": lambda: engine.offload_states(),
-            "save": lambda: engine.save_checkpoint("/nowhere"),
             "load": lambda: engine.load_checkpoint("/nowhere"),
             "state dict": lambda: engine.optimizer.state_dict(),
             "unknown state": lambda: utils.safe_get_full_optimizer_state(param, "momentum"),
