@@ -243,10 +243,8 @@ class GradientScores:
                 f"score {self._score!r} needs at least one global batch, and none ended inside the block: train "
                 "at least one step"
             )
-        start = 0
-        for piece in self._pieces:
-            stop = start + piece.weights.numel()
-            mean, start = self._sum[start:stop] / self.num_batches, stop
+        for piece, sums in self._sums():
+            mean = sums / self.num_batches
             yield (
                 piece.name,
                 piece.start,
@@ -260,12 +258,13 @@ class GradientScores:
         return {"num_batches": self.num_batches}
 
     def vectors(self) -> list[Vector]:
-        bounds = zip(self._pieces, self._offsets, self._offsets[1:])
         return [
-            Vector.of(f"{piece.name}.{self._score}", piece.start, self._sum[first:last])
-            for piece, first, last in bounds
-            if last > first
+            Vector.of(f"{piece.name}.{self._score}", piece.start, sums) for piece, sums in self._sums() if sums.numel()
         ]
+
+    def _sums(self) -> Iterator[tuple[Piece, Tensor]]:
+        """Every piece with its sums (a view)."""
+        return zip(self._pieces, self._sum.split([piece.weights.numel() for piece in self._pieces]))
 
     def prepare_restore(self, numbers: Mapping[str, Any], keys: set[str]) -> None:
         pass
