@@ -286,3 +286,30 @@ def test_tickets_hold_bits_or_masters_and_frozen_changes_are_found(ranks, tmp_pa
         assert torch.equal(
             bits.base_values(name), cases.make_model(torch.bfloat16).get_parameter(name).flatten()[positions]
         )
+
+
+def _without_asking(kernels: str, dtype: torch.dtype) -> str:
+    import deepspeed
+
+    from tests.no_sync import NoSync
+
+    rank = torch.distributed.get_rank()
+    model, masks = cases.make_model(dtype), cases.make_masks()
+    with lota.sparse_zero3(lota.Mask.from_dense(masks), kernels=kernels) as run:
+        config = cases.config(1, 2, bf16={"enabled": dtype == torch.bfloat16})
+        engine, *_ = deepspeed.initialize(model=model, optimizer=cases.default_optimizer(model), config=config)
+        for step in (1, 2):
+            ((x, flags, target),) = cases.micro_batches(step, 1)
+            rows = slice(rank * 4, rank * 4 + 4)
+            engine.backward(F.cross_entropy(engine(x[rows].to(dtype), flags[rows]).float(), target[rows]))
+            with NoSync():
+                engine.optimizer.step()
+        used = run.report()["kernels"]
+        engine.destroy()
+    return used
+
+
+@pytest.mark.parametrize(("kernels", "dtype"), [("auto", torch.bfloat16), ("torch", torch.float32)])
+def test_a_step_never_asks_the_device(ranks, kernels, dtype):
+    """Nothing is read back in `optimizer.step()`; the norm and the skip flag stay device values."""
+    assert ranks(2).run(_without_asking, kernels, dtype) == [{"auto": "c", "torch": "torch"}[kernels]] * 2
