@@ -108,7 +108,7 @@ def peft_card(ticket: Ticket, base: str, facts: Mapping[str, Any]) -> str:
         "added in order, as CPUs do. GPUs add in any order and may miss the value of such an entry, which lies much "
         "closer to zero than the base's, by half an fp32 unit of the base's."
         if facts["num_ordered"]
-        else "No entry depends on the order in which a device adds, so this holds on GPUs as well."
+        else "No entry depends on the order in which a device adds."
     )
     whole = f" {facts['num_whole_modules']} modules that SHiRA cannot hold are stored whole." * bool(
         facts["num_whole_modules"]

@@ -110,7 +110,7 @@ def _rewrite(
     files = sorted(set(homes.values()))
     total = 0
     for number, file in enumerate(files, 1):
-        say(f"{file.name}: {file.stat().st_size / 2**30:.2f} GiB, file {number} of {len(files)}")
+        say(f"{file.name}: {file.stat().st_size / 2**20:,.1f} MiB, file {number} of {len(files)}")
         total += _rewrite_file(file, folder / file.name, edit, dtype)
     if dtype is not None:
         _note_dtype(folder, dtype, total)

@@ -32,6 +32,9 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        readable = temporary.stat().st_mode & 0o666  # safetensors makes files that only their owner may read
+        for file in temporary.iterdir():
+            file.chmod(readable)
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -46,7 +46,9 @@ def main() -> None:
         barrier()
     seconds["total"] = round(time.monotonic() - started, 2)
     summary: dict[str, Any] = {"model": args.model_name_or_path, "world_size": world_size(), "calibration": facts}
-    folder.write_summary(summary | {"mask": mask_facts(args, mask), "seconds": seconds, "versions": versions()})
+    summary |= {"mask": mask_facts(args, mask), "seconds": seconds, "versions": versions()}
+    folder.draw_report(summary)
+    folder.write_summary(summary)
     say(f"mask in {folder.path / 'mask'}, done in {seconds['total']:.0f} s")
 
 

@@ -80,7 +80,7 @@ def read_grid(folder: Path) -> DensityGrid | None:
 def headline(summary: Mapping[str, Any]) -> str:
     """What was run, and what came out, in one or two lines."""
     model = Path(str(summary.get("model", "a run"))).name
-    lines = [f"{summary.get('method', 'lota')} on {model}"]
+    lines = [f"{summary.get('method', 'calibration' if 'calibration' in summary else 'lota')} on {model}"]
     mask, training = summary.get("mask"), summary.get("training", {})
     if mask:
         lines[0] += f", density {mask['density']:.4g} ({mask['num_active']:,} of {mask['eligible']:,} eligible weights)"

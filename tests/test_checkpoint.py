@@ -61,6 +61,8 @@ def test_checkpoint_equals_the_live_model_and_reverts_to_the_base(tmp_path: Path
     assert same(load_checkpoint(tmp_path / "out"), model.state_dict())
     assert files(tmp_path / "out") == ["README.md", "config.json", *NAMES, "model.safetensors.index.json"]
     assert is_card((tmp_path / "out" / "README.md").read_text(encoding="utf-8"))  # not the base's
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "base" / "README.md").stat().st_mode & 0o777}
 
     revert_checkpoint(tmp_path / "out", [ticket], tmp_path / "again")
     assert same(load_checkpoint(tmp_path / "again"), base)

@@ -81,24 +81,19 @@ def export_peft(
                     raise ValueError(f"{name}: {error}") from None
         rank, fitting = choose_rank(skeleton, sparse)
         whole |= sparse.keys() - fitting
-        kept = {module: sparse[module] for module in sparse if module in fitting} or _stand_in(skeleton, whole)
+        sparse = {module: sparse[module] for module in sparse if module in fitting} or _stand_in(skeleton, whole)
+        targets, counts = sorted(sparse), [(p.num_entries, p.num_twice, p.num_ordered) for p in sparse.values()]
         tensors: dict[str, Tensor] = {}
-        for module, parts in kept.items():
-            tensors |= _sparse_tensors(module, parts, skeleton.get_submodule(module), rank)
+        for module in targets:  # each leaves memory as its stored form enters
+            tensors |= _sparse_tensors(module, sparse.pop(module), skeleton.get_submodule(module), rank)
         for module in sorted(whole):
             tensors |= _whole_tensors(module, skeleton, ticket, read)
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = _config(skeleton, rank, sorted(kept), sorted(whole), base_name or str(base), ticket)
+        config = _config(skeleton, rank, targets, sorted(whole), base_name or str(base), ticket)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        made = PeftExport(
-            rank,
-            len(kept),
-            len(whole),
-            sum(parts.num_entries for parts in kept.values()),
-            sum(parts.num_twice for parts in kept.values()),
-            sum(parts.num_ordered for parts in kept.values()),
-            sum(tensor.nbytes for tensor in tensors.values()),
-        )
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        entries, twice, ordered = (sum(column) for column in zip(*counts))
+        made = PeftExport(rank, len(targets), len(whole), entries, twice, ordered, num_bytes)
         plain = None if dtype is None else str(dtype).removeprefix("torch.")
         card = peft_card(ticket, base_name or str(base), {"dtype": plain, **asdict(made)})
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
