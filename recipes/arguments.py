@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl import SFTConfig, TrlParser
+from trl import DPOConfig, SFTConfig, TrlParser
 
 from lota.selection import validate_budget, validate_density
 from lota.ticket import Mask
@@ -76,8 +76,8 @@ class LotaArguments(SourceArguments):
 
 
 @dataclass
-class RecipeConfig(SFTConfig):
-    """TRL's SFTConfig with the defaults of these recipes: ZeRO-3, no checkpoints, CPU ranks where there is no GPU."""
+class _Defaults:
+    """What the recipes set otherwise than TRL: ZeRO-3, no checkpoints, CPU ranks where there is no GPU."""
 
     deepspeed: dict[str, Any] | str | None = field(
         default=str(DS_CONFIG_PATH), metadata={"help": "DeepSpeed JSON file (ds_configs/zero3.json)."}
@@ -87,13 +87,26 @@ class RecipeConfig(SFTConfig):
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]
 
 
-def parse(argv: list[str] | None = None) -> tuple[LotaArguments, RecipeConfig]:
+@dataclass
+class RecipeConfig(_Defaults, SFTConfig):
+    """TRL's SFTConfig with the defaults of these recipes."""
+
+
+@dataclass
+class PreferenceConfig(_Defaults, DPOConfig):
+    """TRL's DPOConfig with the defaults of these recipes."""
+
+
+Config = RecipeConfig | PreferenceConfig
+
+
+def parse(argv: list[str] | None = None, config_class: type[Config] = RecipeConfig) -> tuple[LotaArguments, Config]:
     """Options from `--config FILE` and the command line; a misspelt key is refused with the nearest right one."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = TrlParser((LotaArguments, RecipeConfig))
+    parser = TrlParser((LotaArguments, config_class))
     known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
     refuse_unknown([*keys_of_config(argv), *names_on_command_line(argv)], known | {"config", "env", "local_rank"})
     lota_args, config = parser.parse_args_and_config(argv)
@@ -125,7 +138,7 @@ def keys_of_config(argv: list[str]) -> list[str]:
 
 
 def validate(
-    args: LotaArguments, config: RecipeConfig, *, mask_only: bool = False, argv: list[str] | None = None
+    args: LotaArguments, config: Config, *, mask_only: bool = False, argv: list[str] | None = None
 ) -> list[str]:
     """Refuse what cannot work and fill in the defaults of `args`, in place. Every rank, before any collective.
 
@@ -190,7 +203,7 @@ def _fill_lora(args: LotaArguments) -> None:
         raise ValueError(f"lora_dropout must be in [0, 1), got {args.lora_dropout}")
 
 
-def _fill_calibration(args: LotaArguments, config: RecipeConfig, unused: _Unused) -> None:
+def _fill_calibration(args: LotaArguments, config: Config, unused: _Unused) -> None:
     args.density = 0.1 if args.density is None else args.density
     args.budget = args.budget or "global"
     args.score = args.score or "task_vector"
@@ -212,7 +225,7 @@ def _fill_calibration(args: LotaArguments, config: RecipeConfig, unused: _Unused
         raise ValueError(f"calibration_learning_rate must be above 0, got {args.calibration_learning_rate}")
 
 
-def _check_stage(config: RecipeConfig) -> None:
+def _check_stage(config: Config) -> None:
     """The seams need ZeRO-3; what they refuse besides, they name themselves when the engine is built."""
     if not config.deepspeed:
         raise ValueError("deepspeed must name a ZeRO-3 JSON file such as ds_configs/zero3.json")

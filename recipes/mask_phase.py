@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lota
-from recipes.arguments import STATIC_SCORES, LotaArguments, RecipeConfig
+from recipes.arguments import STATIC_SCORES, Config, LotaArguments, PreferenceConfig
 from recipes.data import Sets
 from recipes.phases import Phase, timed
 from recipes.run_folder import RunFolder, say
@@ -13,7 +13,7 @@ from recipes.run_folder import RunFolder, say
 
 def calibrate(
     args: LotaArguments,
-    config: RecipeConfig,
+    config: Config,
     data: Sets,
     folder: RunFolder,
     seconds: dict[str, float],
@@ -46,8 +46,10 @@ def calibrate(
     with timed(seconds, "selection"):
         mask = run.mask()
     report = run.report()
-    # Packed rows would be packed again, their boundaries lost; `datasets` finds the tokenized rows in its cache.
-    data = data if config.packing else Sets(phase.prepared, data.evaluation)
+    # Packed rows would be packed again, their boundaries lost, and the reference's answers to preferences added twice;
+    # `datasets` finds the tokenized rows in its cache.
+    is_prepared_again = isinstance(config, PreferenceConfig) or config.packing
+    data = data if is_prepared_again else Sets(phase.prepared, data.evaluation)
     phase.close()
     if args.score in STATIC_SCORES:
         facts = {"seconds": facts["seconds"]}

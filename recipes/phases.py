@@ -17,10 +17,10 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, TrainerCallback
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
 from recipes import lora
-from recipes.arguments import LotaArguments, RecipeConfig, SourceArguments
+from recipes.arguments import Config, LotaArguments, PreferenceConfig, SourceArguments
 from recipes.run_folder import RunFolder, rank, say, world_size
 
 
@@ -31,7 +31,7 @@ class Phase:
         self,
         name: str,
         args: LotaArguments,
-        config: RecipeConfig,
+        config: Config,
         data: tuple[Dataset, Dataset | None],
         folder: RunFolder,
         **changes: Any,
@@ -49,18 +49,13 @@ class Phase:
         deepspeed.init_distributed()
         # Loading rewinds: nothing of an earlier phase is reused. from_pretrained shards at once, because the
         # arguments above registered the ZeRO-3 configuration.
-        model = AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path,
-            revision=args.model_revision,
-            attn_implementation=args.attn_implementation,
-            dtype=training_dtype(config),
-        )
-        model.config.use_cache = False
+        model = load_model(args, config)
         # Where embeddings are frozen, reentrant checkpointing cuts the graph unless their output asks for a gradient.
         if self.config.gradient_checkpointing:
             model.enable_input_require_grads()
-        self.trainer = SFTTrainer(
+        self.trainer = trainer_class(config)(
             model=model,
+            **_reference(args, config),
             args=self.config,
             train_dataset=train,
             eval_dataset=evaluation,
@@ -92,15 +87,18 @@ class Phase:
         facts["last_step_loss"] = self._log.last_loss
         if self.trainer.eval_dataset is not None:
             facts["eval_loss_before"] = self._log.first_eval_loss
-            facts["eval_loss"] = self.trainer.evaluate()["eval_loss"]
+            scores = self.trainer.evaluate()
+            facts["eval_loss"] = scores["eval_loss"]
+            facts |= {name: value for name, value in scores.items() if name.startswith("eval_rewards/")}
         facts["seconds"] = round(time.monotonic() - started, 2)
         return facts
 
     def close(self) -> None:
         """Destroy the engine and drop model and optimizer, so that the next phase has the memory."""
-        engine = getattr(self.trainer, "deepspeed", None)
-        if engine is not None:
-            engine.destroy()
+        for model in (self.trainer, getattr(self.trainer, "ref_model", None)):
+            engine = getattr(model, "deepspeed", None) if model is self.trainer else model
+            if engine is not None:
+                engine.destroy()
         self.trainer.accelerator.free_memory()
         del self.trainer
         gc.collect()
@@ -108,7 +106,32 @@ class Phase:
             torch.accelerator.memory.empty_cache()
 
 
-def training_dtype(config: RecipeConfig) -> torch.dtype:
+def trainer_class(config: Config) -> type[Any]:
+    """TRL's trainer for the kind of training that `config` describes."""
+    return DPOTrainer if isinstance(config, PreferenceConfig) else SFTTrainer
+
+
+def load_model(args: LotaArguments, config: Config) -> Any:
+    """The base as it is trained, sharded at once where a ZeRO-3 configuration was registered."""
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model_name_or_path,
+        revision=args.model_revision,
+        attn_implementation=args.attn_implementation,
+        dtype=training_dtype(config),
+    )
+    model.config.use_cache = False
+    return model
+
+
+def _reference(args: LotaArguments, config: Config) -> dict[str, Any]:
+    """DPO's reference: the base once more, of the same revision. An adapter is switched off instead, and with
+    precompute_ref_log_probs TRL asks the model before it is trained."""
+    if not isinstance(config, PreferenceConfig) or config.precompute_ref_log_probs or args.method == "lora":
+        return {}
+    return {"ref_model": load_model(args, config)}
+
+
+def training_dtype(config: Config) -> torch.dtype:
     """The dtype the weights are trained in. The engine keeps the dtype it finds, so loading decides it."""
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
@@ -121,7 +144,7 @@ def load_tokenizer(args: SourceArguments) -> Any:
     return tokenizer
 
 
-def batch_arithmetic(config: RecipeConfig, train: Dataset) -> str:
+def batch_arithmetic(config: Config, train: Dataset) -> str:
     """How many rows make a step, and how many steps there are."""
     micro, accumulation, ranks = config.per_device_train_batch_size, config.gradient_accumulation_steps, world_size()
     per_step = micro * accumulation * ranks
@@ -135,6 +158,9 @@ def batch_arithmetic(config: RecipeConfig, train: Dataset) -> str:
 
 def num_trained_tokens(train: Dataset) -> int:
     """Tokens that count in the loss. ValueError where there is none, which would train on nothing but NaN."""
+    if "chosen_ids" in train.column_names:
+        answers = (train.data.column(name) for name in ("chosen_ids", "rejected_ids"))
+        return sum(int(pc.sum(pc.list_value_length(answer)).as_py() or 0) for answer in answers)
     labels = train.data.column("labels").combine_chunks().flatten()
     count = int(pc.sum(pc.not_equal(labels, -100)).as_py() or 0)
     if count == 0:

@@ -18,7 +18,7 @@ import trl
 import yaml
 
 from lota.card import write_ticket_card
-from recipes.arguments import LotaArguments, RecipeConfig
+from recipes.arguments import Config, LotaArguments
 
 LEFT_BY_A_RUN = ("config.yaml", "metrics.jsonl", "summary.json", "report.png", "ticket", "mask", "adapter", "merged")
 
@@ -39,9 +39,9 @@ class RunFolder:
         if self.is_writer:
             self.path.mkdir(parents=True, exist_ok=True)
 
-    def write_config(self, args: LotaArguments, config: RecipeConfig) -> None:
+    def write_config(self, args: LotaArguments, config: Config) -> None:
         """The options as resolved, to be used again with --config."""
-        defaults = RecipeConfig.__dataclass_fields__
+        defaults = type(config).__dataclass_fields__
         options = {name: value for name, value in asdict(args).items() if value is not None}
         for name, entry in defaults.items():
             value = getattr(config, name, None)

@@ -26,18 +26,19 @@ import lota
 from lota.zero.dense_report import dense_report
 from lota.zero.world import join_world
 from recipes import data, dense_checkpoint, lora
-from recipes.arguments import LotaArguments, parse, validate
+from recipes.arguments import Config, LotaArguments, PreferenceConfig, RecipeConfig, parse, validate
 from recipes.mask_phase import calibrate, mask_facts
 from recipes.phases import Phase, timed, training_dtype
 from recipes.run_folder import RunFolder, rank, say, versions, world_size
 
 
-def main() -> None:
+def main(config_class: type[Config] = RecipeConfig) -> None:
+    """config_class: RecipeConfig fine-tunes on examples, PreferenceConfig (recipes/train_dpo.py) on preferences."""
     started = time.monotonic()
     join_world()
-    args, config = parse()
+    args, config = parse(config_class=config_class)
     notes = validate(args, config)
-    sets = data.load(args, config.seed)
+    sets = data.load(args, config.seed, is_preference=config_class is PreferenceConfig)
     folder = RunFolder(config.output_dir)
     folder.write_config(args, config)
     for note in notes:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lota.ticket import Mask
-from recipes.arguments import DS_CONFIG_PATH, LotaArguments, RecipeConfig, parse, validate
+from recipes.arguments import DS_CONFIG_PATH, LotaArguments, PreferenceConfig, RecipeConfig, parse, validate
 from recipes.run_folder import RunFolder
 
 BASE = ["--model_name_or_path", "base"]
@@ -127,6 +127,6 @@ def test_the_resolved_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
 )
 def test_shipped_configs_are_accepted(path: Path) -> None:
     words = ["--config", str(path), "--output_dir", "runs/x"]
-    args, config = parse(words)
+    args, config = parse(words, PreferenceConfig if path.stem.startswith("dpo_") else RecipeConfig)
     args.model_name_or_path = args.model_name_or_path or "base"
     assert validate(args, config, argv=words) == []

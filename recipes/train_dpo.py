@@ -1,0 +1,36 @@
+"""Preference training (DPO) on a lottery ticket: calibrate, select, rewind, train sparsely, deliver.
+
+    one GPU      python recipes/train_dpo.py --config recipes/configs/dpo_llama31_8b.yaml
+    one node     deepspeed recipes/train_dpo.py --config recipes/configs/dpo_llama31_8b.yaml
+    two nodes    deepspeed --hostfile hosts --num_nodes 2 recipes/train_dpo.py --config FILE --shard_group_size 8
+    CPU ranks    OMP_NUM_THREADS=1 deepspeed --num_gpus 2 recipes/train_dpo.py --config recipes/configs/dpo_small.yaml
+
+The flow, the options and the outputs are those of train_lota.py, with TRL's DPOConfig in place of SFTConfig and rows of
+prompt, chosen and rejected. Calibration scores weights by the preference loss. The reference is the base, loaded a
+second time and sharded (2 bytes a parameter over all ranks); `precompute_ref_log_probs: true` asks the base beforehand
+and saves that memory; `--method lora` switches its adapter off instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes run from the checkout, under any launcher
+
+from recipes import train_lota
+from recipes.arguments import PreferenceConfig
+from recipes.run_folder import rank
+
+
+def main() -> None:
+    train_lota.main(PreferenceConfig)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        if rank() == 0:
+            print(f"[lota] {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
