@@ -25,6 +25,7 @@ from recipes.demo_world import World, WorldConfig
 from recipes.evaluation_data import evaluation_rows, has_rows, reference
 from recipes.evaluation_options import parse
 from recipes.generation import Decoding, write_answers
+from recipes.harness import Harness
 from recipes.scoring import Switch, score_rows
 from recipes.small_model import save_atomically, train_tokenizer
 from tests.ranks import RankPool
@@ -332,6 +333,29 @@ def test_a_training_config_gives_its_data(world: Path, tmp_path: Path) -> None:
     config.write_text("learnin_rate: 1\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"unknown option 'learnin_rate'\. Did you mean 'learning_rate'"):
         evaluate.main(["--config", str(config)])
+
+
+def test_what_was_scored_before_an_interruption_is_kept(world: Path, tmp_path: Path) -> None:
+    """The first task's figures are in the file when the second one dies; the same command runs only what is missing."""
+    words = options(world, tmp_path / "results.json", "--tasks", "local_choose,local_write")
+    words += ["--tasks_path", str(world / "tasks"), "--no_base", "--tickets", str(world / "a")]
+    run, done = Harness.run, []
+
+    def dies(self: Harness, task: str, *args: Any) -> dict[str, Any]:
+        done.append(task)
+        if done == ["local_choose", "local_write"]:
+            raise RuntimeError("out of memory")
+        return run(self, task, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Harness, "run", dies)
+        with pytest.raises(RuntimeError):
+            evaluate.main(words)
+        before = read(tmp_path / "results.json")["models"][str(world / "a")]
+        evaluate.main([*words, "--batch_size", "2"])
+    after = read(tmp_path / "results.json")["models"][str(world / "a")]
+    assert done == ["local_choose", "local_write", "local_write"]
+    assert before["rows"] == after["rows"] and before["tasks"] == {"local_choose": after["tasks"]["local_choose"]}
 
 
 def test_a_retrained_ticket_is_scored_again(world: Path, tmp_path: Path) -> None:
