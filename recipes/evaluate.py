@@ -39,7 +39,7 @@ from recipes.evaluation_options import DTYPES, EvaluateArguments, decoding, pars
 from recipes.harness import Harness
 from recipes.metrics import check_references
 from recipes.phases import load_tokenizer
-from recipes.run_folder import barrier, rank, say, versions, world_size
+from recipes.run_folder import rank, say, versions, world_size
 from recipes.scoreboard import Scoreboard
 from recipes.scoring import RowSettings, Switch, check_fit, score_rows
 
@@ -61,8 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     check_references(args.metrics, [reference(row) for row in rows])
     candidates = list_candidates(args)
     harness = Harness(args.tasks, task_settings(args)) if args.tasks else None
-    board = Scoreboard(args.output, _settings(args, rows), versions() | _eval_versions())
-    barrier()
+    board = _open_board(args, rows)
     entries = {candidate.name: board.entry(candidate.name, candidate.digests) for candidate in candidates}
 
     def is_done(candidate: Candidate) -> bool:
@@ -179,6 +178,22 @@ def _join_ranks() -> None:
 
 def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _open_board(args: EvaluateArguments, rows: list[dict[str, Any]]) -> Scoreboard:
+    """The results file as rank 0 finds it, on every rank: other nodes may not see it, and all must do the same."""
+    found: list[Any] = [None]
+    if rank() == 0:
+        try:
+            found = [Scoreboard(args.output, _settings(args, rows), versions() | _eval_versions())]
+        except ValueError as error:
+            found = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if isinstance(found[0], ValueError):
+        raise found[0]
+    assert isinstance(found[0], Scoreboard)
+    return found[0]
 
 
 def _put(board: Scoreboard, candidate: Candidate, entry: dict[str, Any]) -> None:

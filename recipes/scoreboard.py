@@ -12,7 +12,7 @@ from recipes.harness import headline
 
 
 class Scoreboard:
-    """results.json. Every rank reads it at the start; `put` writes it, on rank 0 alone."""
+    """results.json, read when it is built; rank 0 builds it, and `put` writes it, there alone."""
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], versions: Mapping[str, str]) -> None:
         """Go on with the file at `path` where there is one. ValueError when it was made with other settings."""

@@ -254,6 +254,10 @@ def test_ranks_share_the_rows(world: Path, tmp_path: Path, ranks: Callable[[int]
     assert {name: entry["rows"] for name, entry in one["models"].items()} == {
         name: entry["rows"] for name, entry in two["models"].items()
     }
+    # What rank 0 finds in the results file goes for all: nothing is left to do, and other settings are refused alike.
+    ranks(2).run(on_ranks, world, options(world, tmp_path / "two.json", *words))
+    outcomes = ranks(2).outcomes(on_ranks, world, options(world, tmp_path / "two.json", *words, "--limit", "1"))
+    assert all("other settings" in outcome.error for outcome in outcomes)
     outcomes = ranks(2).outcomes(on_ranks, world, options(world, tmp_path / "two.json", "--tasks", "gsm8k"))
     assert all("one process" in outcome.error for outcome in outcomes)
 
