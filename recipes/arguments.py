@@ -77,12 +77,11 @@ class LotaArguments(SourceArguments):
 
 @dataclass
 class _Defaults:
-    """What the recipes set otherwise than TRL: ZeRO-3, no checkpoints, CPU ranks where there is no GPU."""
+    """What the recipes set otherwise than TRL: ZeRO-3, and CPU ranks where there is no GPU."""
 
     deepspeed: dict[str, Any] | str | None = field(
         default=str(DS_CONFIG_PATH), metadata={"help": "DeepSpeed JSON file (ds_configs/zero3.json)."}
     )
-    save_strategy: str = field(default="no", metadata={"help": "Only 'no': checkpoints are not supported yet."})
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
@@ -148,13 +147,11 @@ def validate(
     unused = _Unused(args, sys.argv[1:] if argv is None else argv)
     if not args.model_name_or_path:
         raise ValueError("model_name_or_path is missing: give a folder or a name on the hub")
-    if config.save_strategy != "no":
+    if config.save_only_model and config.save_strategy != "no":
         raise ValueError(
-            f"save_strategy must be 'no', got {str(config.save_strategy)!r}: checkpoints during a run are not "
-            "supported in this version; the ticket is written at the end"
+            "save_only_model would leave checkpoints that hold neither the ticket nor anything to resume from: remove "
+            "it; the ticket is written at the end, and the whole model with merged: true"
         )
-    if config.resume_from_checkpoint:
-        raise ValueError("resume_from_checkpoint is not supported in this version: remove it")
     _check_stage(config)
     _choice("method", args.method, METHODS)
     if args.ticket_dtype not in (None, "float32"):

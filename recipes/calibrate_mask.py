@@ -20,8 +20,7 @@ from lota.zero.world import join_world
 from recipes import data
 from recipes.arguments import parse, validate
 from recipes.mask_phase import calibrate, mask_facts
-from recipes.phases import timed
-from recipes.run_folder import RunFolder, barrier, rank, say, versions, world_size
+from recipes.run_folder import RunFolder, rank, say, versions, world_size
 
 
 def main() -> None:
@@ -30,20 +29,12 @@ def main() -> None:
     args, config = parse()
     notes = validate(args, config, mask_only=True)
     sets = data.load(args, config.seed)
-    folder = RunFolder(config.output_dir)
-    folder.write_config(args, config)
+    folder = RunFolder(args, config)
     for note in notes:
         say(note)
 
     seconds: dict[str, float] = {}
     mask, facts, _ = calibrate(args, config, sets, folder, seconds)
-    with timed(seconds, "mask"):
-        if folder.is_writer:
-            mask.save(
-                folder.path / "mask",
-                provenance={"model": args.model_name_or_path, "score": args.score, "steps": args.calibration_steps},
-            )
-        barrier()
     seconds["total"] = round(time.monotonic() - started, 2)
     summary: dict[str, Any] = {"model": args.model_name_or_path, "world_size": world_size(), "calibration": facts}
     summary |= {"mask": mask_facts(args, mask), "seconds": seconds, "versions": versions()}

@@ -20,11 +20,18 @@ def calibrate(
 ) -> tuple[lota.Mask, dict[str, Any], Sets]:
     """The mask, the same on every rank; facts for the summary; the data, the training set tokenized by now.
 
-    Collective; the engine is gone afterwards.
+    Goes on where a run that was stopped had come to. Collective; the engine is gone afterwards.
     """
+    saved = folder.saved_mask()
+    if saved is not None:
+        say(f"mask of this run's calibration: {saved[0].num_active} of {saved[0].eligible} entries")
+        return *saved, data
     assert args.density is not None and args.budget is not None and args.score is not None
     say(f"score {args.score}, {args.calibration_steps} steps, density {args.density:g}, {args.budget} budget")
-    changes: dict[str, Any] = {"max_steps": args.calibration_steps}
+    # What scores best on the evaluation set is for the second phase to say.
+    changes: dict[str, Any] = {"max_steps": args.calibration_steps, "load_best_model_at_end": False}
+    if config.save_strategy == "best":
+        changes["save_strategy"] = "no"
     if args.calibration_learning_rate is not None:
         changes["learning_rate"] = args.calibration_learning_rate
     # Scores of the gradient kind and of the weights leave the model alone: its loss would be the base's again.
@@ -63,7 +70,10 @@ def calibrate(
         say(f"densest tensor: {fullest} with {per_tensor[fullest] / mask.numel(fullest):.1%} of its entries")
     if report.get("num_zero_scored"):
         say(f"{report['num_zero_scored']} chosen entries have score 0: calibrate longer or lower the density")
-    return mask, facts | {"report": report, "num_active_per_tensor": per_tensor}, data
+    facts |= {"report": report, "num_active_per_tensor": per_tensor}
+    provenance = {"model": args.model_name_or_path, "score": args.score, "steps": args.calibration_steps}
+    folder.save_mask(mask, facts, provenance)
+    return mask, facts, data
 
 
 def mask_facts(args: LotaArguments, mask: lota.Mask) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,6 +21,7 @@ from trl import DPOTrainer, SFTTrainer
 
 from recipes import lora
 from recipes.arguments import Config, LotaArguments, PreferenceConfig, SourceArguments
+from recipes.checkpoints import WholeCheckpoints, chosen, step_of
 from recipes.run_folder import RunFolder, rank, say, world_size
 
 
@@ -40,8 +41,14 @@ class Phase:
         DeepSpeed's "auto" values are filled into them."""
         train, evaluation = data
         self.name = name
+        where = folder.checkpoints_of(name)
+        self._checkpoint = chosen(config.resume_from_checkpoint, where)
+        self._log = _Log(name, folder, 0 if self._checkpoint is None else step_of(self._checkpoint))
         # Evaluating at step 0 gives the base's loss from the very engine that trains.
-        changes["eval_on_start"] = evaluation is not None
+        changes["eval_on_start"] = evaluation is not None and self._checkpoint is None
+        if evaluation is None:
+            changes |= {"eval_strategy": "no", "load_best_model_at_end": False}
+        changes |= {"output_dir": str(where), "report_to": "none"}
         self.config = replace(config, **changes)
         if rank() > 0 or not sys.stderr.isatty():
             disable_progress_bars()
@@ -63,8 +70,11 @@ class Phase:
             peft_config=lora.peft_config(args) if args.method == "lora" else None,
         )
         self.trainer.remove_callback(ProgressCallback)
-        self._log = _Log(name, folder)
         self.trainer.add_callback(self._log)
+        # Calibration comes first on the run's one axis of steps.
+        first_step = (args.calibration_steps or 0) if name == "train" else 0
+        for callback in folder.tracking(config).callbacks(name, first_step):
+            self.trainer.add_callback(callback)
         if not self.config.disable_tqdm:
             self.trainer.add_callback(_Progress(name))
 
@@ -81,9 +91,14 @@ class Phase:
     def run(self) -> dict[str, Any]:
         """Train, evaluate where there is an evaluation set, and say what happened. Collective."""
         say(f"{self.name}: {batch_arithmetic(self.config, self.trainer.train_dataset)}")
+        if self._checkpoint is not None:
+            say(f"{self.name}: going on from {self._checkpoint}")
         started = time.monotonic()
-        output = self.trainer.train()
-        facts: dict[str, Any] = {"steps": output.global_step, "train_loss": output.training_loss}
+        output = self.trainer.train(None if self._checkpoint is None else str(self._checkpoint))
+        # The Trainer's own mean leaves out what came before it was resumed.
+        facts: dict[str, Any] = {"steps": output.global_step, "train_loss": mean_loss(self.trainer.state.log_history)}
+        if self._checkpoint is not None:
+            facts["resumed_from_step"] = step_of(self._checkpoint)
         facts["last_step_loss"] = self._log.last_loss
         if self.trainer.eval_dataset is not None:
             facts["eval_loss_before"] = self._log.first_eval_loss
@@ -107,8 +122,16 @@ class Phase:
 
 
 def trainer_class(config: Config) -> type[Any]:
-    """TRL's trainer for the kind of training that `config` describes."""
-    return DPOTrainer if isinstance(config, PreferenceConfig) else SFTTrainer
+    """TRL's trainer for the kind of training that `config` describes, with checkpoints that appear whole."""
+    return _PreferenceTrainer if isinstance(config, PreferenceConfig) else _SupervisedTrainer
+
+
+class _SupervisedTrainer(WholeCheckpoints, SFTTrainer):
+    pass
+
+
+class _PreferenceTrainer(WholeCheckpoints, DPOTrainer):
+    pass
 
 
 def load_model(args: LotaArguments, config: Config) -> Any:
@@ -129,6 +152,16 @@ def _reference(args: LotaArguments, config: Config) -> dict[str, Any]:
     if not isinstance(config, PreferenceConfig) or config.precompute_ref_log_probs or args.method == "lora":
         return {}
     return {"ref_model": load_model(args, config)}
+
+
+def mean_loss(history: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean loss of all steps from the Trainer's log, where each entry is the mean since the one before."""
+    total, last = 0.0, 0
+    for entry in history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last)
+            last = entry["step"]
+    return total / last if last else None
 
 
 def training_dtype(config: Config) -> torch.dtype:
@@ -177,12 +210,16 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 class _Log(TrainerCallback):
-    """Every log of the Trainer into metrics.jsonl, and the two losses that the summary wants."""
+    """Every log of the Trainer into metrics.jsonl, and the two losses that the summary wants.
 
-    def __init__(self, phase: str, folder: RunFolder) -> None:
+    first_step: where a resumed phase goes on; what was logged later will be logged again.
+    """
+
+    def __init__(self, phase: str, folder: RunFolder, first_step: int) -> None:
         self.phase, self.folder = phase, folder
-        self.first_eval_loss: float | None = None
-        self.last_loss: float | None = None
+        rows = folder.keep_metrics(phase, first_step)
+        self.first_eval_loss: float | None = next((row["eval_loss"] for row in rows if "eval_loss" in row), None)
+        self.last_loss: float | None = next((row["loss"] for row in reversed(rows) if "loss" in row), None)
         self.num_micro_steps = 0
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

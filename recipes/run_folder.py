@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,41 +18,88 @@ import transformers
 import trl
 import yaml
 
+from lota import Mask
 from lota.card import write_ticket_card
 from recipes.arguments import Config, LotaArguments
+from recipes.checkpoints import check_request, wants_resume
+from recipes.tracking import Tracking
 
-LEFT_BY_A_RUN = ("config.yaml", "metrics.jsonl", "summary.json", "report.png", "ticket", "mask", "adapter", "merged")
+LEFT_BY_A_RUN = (
+    *("config.yaml", "metrics.jsonl", "summary.json", "report.png", "calibration.json"),
+    *("calibration", "mask", "ticket", "adapter", "merged"),
+)
 
 
 class RunFolder:
-    """The folder `output_dir` of one run. All ranks build it, together; only rank 0 writes."""
+    """The folder `output_dir` of one run. All ranks build it, together; only rank 0 writes.
 
-    def __init__(self, path: str | Path) -> None:
-        """Refuse a folder that already holds a run. Collective: no rank looks after another has begun to write."""
-        self.path = Path(path)
+    args, config: the options as resolved, written to config.yaml, which --config takes again.
+    """
+
+    def __init__(self, args: LotaArguments, config: Config) -> None:
+        """Refuse a folder that already holds a run, unless it is this very run and is asked to go on. Collective: no
+        rank looks after another has begun to write."""
+        self.path = Path(str(config.output_dir))
         self.is_writer = rank() == 0
+        self._tracking: Tracking | None = None
+        options = resolved(args, config)
         found = [name for name in LEFT_BY_A_RUN if (self.path / name).exists()]
-        if found:
+        if found and not wants_resume(config.resume_from_checkpoint):
             raise ValueError(
-                f"output_dir {self.path} already holds a run ({', '.join(found)}): choose another, or remove it first"
+                f"output_dir {self.path} already holds a run ({', '.join(found)}): choose another, remove it first, or "
+                "go on with it by --resume_from_checkpoint true"
             )
+        if found:
+            self._check_same_run(options)
+        check_request(config.resume_from_checkpoint, self.path)
         barrier()
-        if self.is_writer:
+        if self.is_writer and not found:
             self.path.mkdir(parents=True, exist_ok=True)
-
-    def write_config(self, args: LotaArguments, config: Config) -> None:
-        """The options as resolved, to be used again with --config."""
-        defaults = type(config).__dataclass_fields__
-        options = {name: value for name, value in asdict(args).items() if value is not None}
-        for name, entry in defaults.items():
-            value = getattr(config, name, None)
-            value = getattr(value, "value", value)
-            if name in _ALWAYS_WRITTEN or (entry.init and _is_plain(value) and value != entry.default):
-                options[name] = value
-        for name in _FILLED_IN:
-            options.pop(name, None)
-        if self.is_writer:
             _write(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+
+    def _check_same_run(self, options: dict[str, Any]) -> None:
+        if (self.path / "summary.json").is_file():
+            raise ValueError(f"output_dir {self.path} holds a complete run, so there is nothing to go on with")
+        try:
+            before = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"output_dir {self.path} holds a run without config.yaml: choose another") from None
+        names = sorted({*before, *options} - _MAY_CHANGE)
+        differing = [
+            f"{name} was {before.get(name)!r}, now {options.get(name)!r}"
+            for name in names
+            if before.get(name) != options.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"output_dir {self.path} holds a run with other options ({'; '.join(differing)}). A run goes on with "
+                "the options it began with: give those, or another output_dir"
+            )
+
+    def checkpoints_of(self, phase: str) -> Path:
+        """Where the checkpoints of a phase are."""
+        return self.path if phase == "train" else self.path / "calibration"
+
+    def tracking(self, config: Config) -> Tracking:
+        """What `report_to` names, once for all phases."""
+        if self._tracking is None:
+            self._tracking = Tracking(config.report_to, self.path)
+        return self._tracking
+
+    def save_mask(self, mask: Mask, facts: dict[str, Any], provenance: dict[str, Any]) -> None:
+        """Keep what calibration gave, so that a run which is resumed does not calibrate again. Collective."""
+        if self.is_writer:
+            _write(self.path / "calibration.json", json.dumps(facts, indent=2) + "\n")
+            mask.save(self.path / "mask", provenance)
+            shutil.rmtree(self.path / "calibration", ignore_errors=True)
+        barrier()
+
+    def saved_mask(self) -> tuple[Mask, dict[str, Any]] | None:
+        """The mask that this run selected before it was stopped, and the facts about its calibration."""
+        if not (self.path / "mask").is_dir():
+            return None
+        facts = json.loads((self.path / "calibration.json").read_text(encoding="utf-8"))
+        return Mask.load(self.path / "mask"), facts
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """summary.json, the last thing a run writes: where it is, the run is complete."""
@@ -73,6 +121,17 @@ class RunFolder:
             except Exception as error:  # noqa: BLE001 (said, and the run goes on)
                 say(f"report.png was not drawn ({error!r}); try again: python recipes/report.py {self.path}")
 
+    def keep_metrics(self, phase: str, last_step: int) -> list[dict[str, Any]]:
+        """Cut from metrics.jsonl what a phase logged after `last_step`; return what it logged until then."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        rows = [json.loads(line) for line in lines]
+        kept = [row for row in rows if row["phase"] != phase or (row["step"] <= last_step and last_step > 0)]
+        barrier()  # no rank reads after the first has written
+        if self.is_writer and len(kept) < len(rows):
+            _write(path, "".join(json.dumps(row) + "\n" for row in kept))
+        return [row for row in kept if row["phase"] == phase]
+
     def add_metrics(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
         if self.is_writer:
@@ -80,6 +139,24 @@ class RunFolder:
                 file.write(json.dumps(row) + "\n")
 
 
+def resolved(args: LotaArguments, config: Config) -> dict[str, Any]:
+    """The options that differ from their defaults, as YAML holds them."""
+    options = {name: value for name, value in asdict(args).items() if value is not None}
+    for name, entry in type(config).__dataclass_fields__.items():
+        value = getattr(config, name, None)
+        value = getattr(value, "value", value)
+        if name in _ALWAYS_WRITTEN or (entry.init and _is_plain(value) and value != entry.default):
+            options[name] = value
+    for name in _FILLED_IN:
+        options.pop(name, None)
+    return yaml.safe_load(yaml.safe_dump(options))
+
+
+# What a run may be resumed with another value of: nothing that trained weights depend on.
+_MAY_CHANGE = {
+    *("resume_from_checkpoint", "output_dir", "save_strategy", "save_steps", "save_total_limit", "merged", "run_name"),
+    *("logging_steps", "logging_strategy", "logging_first_step", "dataloader_num_workers", "kernels"),
+}
 _ALWAYS_WRITTEN = ("learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed", "max_length")
 # Filled in by TrainingArguments from the machine or from other options; they resolve again when the file is used.
 _FILLED_IN = (

@@ -39,8 +39,7 @@ def main(config_class: type[Config] = RecipeConfig) -> None:
     args, config = parse(config_class=config_class)
     notes = validate(args, config)
     sets = data.load(args, config.seed, is_preference=config_class is PreferenceConfig)
-    folder = RunFolder(config.output_dir)
-    folder.write_config(args, config)
+    folder = RunFolder(args, config)
     for note in notes:
         say(note)
     say(f"{args.method} on {args.model_name_or_path}, {world_size()} ranks, weights in {training_dtype(config)}")
@@ -126,6 +125,7 @@ def train_ticket(
                 "versions": versions(),
             },
             dtype=torch.float32 if args.ticket_dtype == "float32" else None,
+            overwrite=True,  # of a run that was stopped between its ticket and its summary
         )
     folder.write_card(
         {

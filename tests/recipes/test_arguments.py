@@ -27,7 +27,7 @@ def test_defaults() -> None:
     assert args.calibration_learning_rate == pytest.approx(1e-3)  # a tenth of the sparse phase's
     assert (config.weight_decay, str(config.save_strategy.value), config.use_cpu) == (
         0.0,
-        "no",
+        "steps",
         not torch.accelerator.is_available(),
     )
     assert Path(str(config.deepspeed)) == DS_CONFIG_PATH and notes == []
@@ -48,8 +48,7 @@ def test_defaults() -> None:
         (["--score", "magnitude", "--calibration_steps", "9"], "calibration_steps would be ignored"),
         (["--calibration_steps", "0"], "calibration_steps must be at least 1"),
         (["--calibration_learning_rate", "-1"], "must be above 0"),
-        (["--save_strategy", "steps"], "save_strategy must be 'no'"),
-        (["--resume_from_checkpoint", "x"], "resume_from_checkpoint is not supported"),
+        (["--save_only_model", "true"], "save_only_model would leave checkpoints"),
         (["--ticket_dtype", "int8"], "ticket_dtype must be"),
         (["--mask", "nowhere"], "nowhere"),
         (["--protect", "nowhere"], "nowhere"),
@@ -105,15 +104,39 @@ def test_mask_skips_calibration_and_has_none_to_calibrate(tmp_path: Path) -> Non
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     args, config, _ = checked("--learning_rate", "1e-2", "--output_dir", str(tmp_path / "run"))
-    RunFolder(tmp_path / "run").write_config(args, config)
-    with pytest.raises(ValueError, match=r"already holds a run \(config.yaml\)"):
-        RunFolder(tmp_path / "run")
+    RunFolder(args, config)
+    with pytest.raises(ValueError, match=r"already holds a run \(config.yaml\).*--resume_from_checkpoint true"):
+        RunFolder(args, config)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ((), ""),
+        (("--save_steps", "9", "--merged", "true"), ""),
+        (("--learning_rate", "2e-2"), "learning_rate was 0.01, now 0.02"),
+        (("--density", "0.2", "--seed", "5"), "density was 0.1, now 0.2; seed was 42, now 5"),
+        (("--resume_from_checkpoint", "elsewhere/checkpoint-4"), "does not lie in output_dir"),
+        (("--resume_from_checkpoint", "HERE/checkpoint-4"), "is not a complete checkpoint; there is none"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_options(tmp_path: Path, changed: tuple[str, ...], message: str) -> None:
+    argv = ["--learning_rate", "1e-2", "--output_dir", str(tmp_path)]
+    args, config, _ = checked(*argv)
+    RunFolder(args, config)
+    changed = tuple(word.replace("HERE", str(tmp_path)) for word in changed)
+    args, config, _ = checked(*argv, "--resume_from_checkpoint", "true", *changed)
+    if not message:
+        RunFolder(args, config)
+        return
+    with pytest.raises(ValueError, match=message):
+        RunFolder(args, config)
 
 
 def test_the_resolved_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
     argv = ["--learning_rate", "1e-2", "--density", "0.05", "--max_steps", "7", "--include", "mlp", "--seed", "3"]
     args, config, _ = checked(*argv, "--output_dir", str(tmp_path / "run"))
-    RunFolder(tmp_path / "run").write_config(args, config)
+    RunFolder(args, config)
     words = ["--config", str(tmp_path / "run" / "config.yaml")]
     again, config_again = parse(words)
     validate(again, config_again, argv=words)

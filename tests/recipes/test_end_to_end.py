@@ -34,16 +34,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return demo_base.prepare(texts, sizes, lambda _: None)
 
 
-def launch(script: str, world: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def command_of(script: str, world: Path, output: Path, *options: str) -> list[str]:
+    """The command that starts a recipe on two ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
+    return [
         *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)),
         *(f"recipes/{script}", "--config", "recipes/configs/demo.yaml", "--output_dir", str(output)),
         *("--model_name_or_path", str(world / "model"), "--train_file", str(world / "train.jsonl")),
         *("--per_device_train_batch_size", "4", "--eval_file", str(world / "test.jsonl"), *options),
     ]
+
+
+def launch(script: str, world: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = command_of(script, world, output, *options)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
@@ -64,7 +69,16 @@ def test_the_main_job(world: Path, tmp_path: Path) -> None:
         *("train_lota.py", world, out, "--max_steps", "6", "--calibration_steps", "3"),
         *("--logging_steps", "1", "--gradient_accumulation_steps", "2", "--ticket_dtype", "float32"),
     )
-    left = ["config.yaml", "merged", "metrics.jsonl", "report.png", "summary.json", "ticket"]
+    left = [
+        "calibration.json",
+        "config.yaml",
+        "mask",
+        "merged",
+        "metrics.jsonl",
+        "report.png",
+        "summary.json",
+        "ticket",
+    ]
     assert sorted(p.name for p in out.iterdir()) == left
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     card = (out / "ticket" / "README.md").read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lota.ticket import Mask
 from lota.ticket.places import density_grid
+from recipes.arguments import parse
 from recipes.report import draw_report, headline, picture, read_series, smoothed
 from recipes.run_folder import RunFolder
 
@@ -89,8 +90,9 @@ def test_the_headline_and_the_average() -> None:
 
 
 def test_a_picture_that_fails_does_not_cost_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = RunFolder(tmp_path / "run")
+    args, config = parse(["--output_dir", str(tmp_path / "run")])
+    folder = RunFolder(args, config)
     (folder.path / "metrics.jsonl").write_text("not JSON\n", encoding="utf-8")
     folder.draw_report({})
     assert "report.png was not drawn (JSONDecodeError" in capsys.readouterr().out
-    assert [file.name for file in folder.path.iterdir()] == ["metrics.jsonl"]
+    assert sorted(file.name for file in folder.path.iterdir()) == ["config.yaml", "metrics.jsonl"]

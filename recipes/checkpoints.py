@@ -1,0 +1,105 @@
+"""Checkpoints of a recipe's phase: whole folders by one rename, the newest complete one to go on from, and rotation."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import rotate_checkpoints
+
+STATE_NAME = "trainer_state.json"
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+class WholeCheckpoints:
+    """Put before a Trainer class: `checkpoint-N` appears by one rename, after all ranks have written their part.
+
+    The Trainer itself writes into the folder piece by piece under its final name, so a killed save looks complete.
+    Older checkpoints are removed only after the new one is there.
+    """
+
+    args: Any
+    state: Any
+    accelerator: Any
+    _staging: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(super()._get_output_dir(trial))  # type: ignore[misc]
+        name = f"checkpoint-{self.state.global_step}"
+        staging = folder / f".{name}.partial"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit, self._staging = self.args.save_total_limit, None, staging
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self.args.save_total_limit, self._staging = limit, None
+        if self.state.best_model_checkpoint == str(staging / name):
+            self.state.best_model_checkpoint = str(folder / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(staging / name / STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that went on from an older checkpoint
+            os.replace(staging / name, folder / name)
+            staging.rmdir()
+            rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=False)
+        self.accelerator.wait_for_everyone()
+
+
+def newest(folder: Path) -> Path | None:
+    """The complete checkpoint of the highest step in `folder`, or None."""
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _FOLDER.fullmatch(path.name))]
+    return next((path for _, path in sorted(found, reverse=True) if is_complete(path)), None)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether the Trainer's state and the engine's are there; in the recipes both appear together."""
+    return (path / STATE_NAME).is_file() and any(path.glob("global_step*/*"))
+
+
+def step_of(path: Path) -> int:
+    """The step after which `checkpoint-N` was made."""
+    match = _FOLDER.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def wants_resume(value: str | bool | None) -> bool:
+    """Whether `resume_from_checkpoint` asks to go on: true, or a path."""
+    return str(value).lower() not in ("none", "false", "")
+
+
+def chosen(value: str | bool | None, folder: Path) -> Path | None:
+    """The checkpoint in `folder` to go on from: the newest complete one, or the one that was asked for by path."""
+    if not wants_resume(value):
+        return None
+    if str(value).lower() == "true":
+        return newest(folder)
+    path = Path(str(value))
+    return path if path.absolute().parent == folder.absolute() else None
+
+
+def check_request(value: str | bool | None, run_folder: Path) -> None:
+    """ValueError where a checkpoint is asked for by path that is not a complete one of this run."""
+    if not wants_resume(value) or str(value).lower() == "true":
+        return
+    path = Path(str(value))
+    if path.absolute().parent not in (run_folder.absolute(), (run_folder / "calibration").absolute()):
+        raise ValueError(
+            f"resume_from_checkpoint must be true or a checkpoint of this run, got {path}, which does not lie in "
+            f"output_dir {run_folder}: give the output_dir of the run that it belongs to"
+        )
+    if not is_complete(path):
+        last = newest(path.parent)
+        raise ValueError(
+            f"{path} is not a complete checkpoint"
+            + (f"; the newest complete one is {last}" if last else "; there is none in its folder")
+        )
