@@ -152,6 +152,11 @@ def validate(
             "save_only_model would leave checkpoints that hold neither the ticket nor anything to resume from: remove "
             "it; the ticket is written at the end, and the whole model with merged: true"
         )
+    idle = unused.on_command_line & {"save_steps", "save_total_limit"} if config.save_strategy == "no" else set()
+    if idle:
+        raise ValueError(
+            f"save_strategy is 'no', so {', '.join(sorted(idle))} would be ignored: add --save_strategy steps"
+        )
     _check_stage(config)
     _choice("method", args.method, METHODS)
     if args.ticket_dtype not in (None, "float32"):

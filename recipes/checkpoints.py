@@ -29,6 +29,9 @@ class WholeCheckpoints:
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)  # type: ignore[misc]
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's would stand in output_dir and speak of a model that is not there; the ticket has a card of its own."""
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))  # type: ignore[misc]
         name = f"checkpoint-{self.state.global_step}"

@@ -71,6 +71,8 @@ class Phase:
         )
         self.trainer.remove_callback(ProgressCallback)
         self.trainer.add_callback(self._log)
+        if name == "calibrate":
+            self.trainer.add_callback(_NoLastCheckpoint())
         # Calibration comes first on the run's one axis of steps.
         first_step = (args.calibration_steps or 0) if name == "train" else 0
         for callback in folder.tracking(config).callbacks(name, first_step):
@@ -235,6 +237,13 @@ class _Log(TrainerCallback):
             self.first_eval_loss = row.get("eval_loss")
         self.last_loss = row.get("loss", self.last_loss)
         self.folder.add_metrics({"phase": self.phase, "step": state.global_step} | row)
+
+
+class _NoLastCheckpoint(TrainerCallback):
+    """The Trainer saves after its last step, whatever save_steps is; after calibration the mask takes that place."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save &= state.global_step < state.max_steps
 
 
 class _Progress(ProgressCallback):

@@ -48,6 +48,7 @@ def test_defaults() -> None:
         (["--score", "magnitude", "--calibration_steps", "9"], "calibration_steps would be ignored"),
         (["--calibration_steps", "0"], "calibration_steps must be at least 1"),
         (["--calibration_learning_rate", "-1"], "must be above 0"),
+        (["--save_strategy", "no", "--save_steps", "5"], "save_steps would be ignored: add --save_strategy steps"),
         (["--save_only_model", "true"], "save_only_model would leave checkpoints"),
         (["--ticket_dtype", "int8"], "ticket_dtype must be"),
         (["--mask", "nowhere"], "nowhere"),

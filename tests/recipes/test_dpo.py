@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,19 @@ def test_an_adapter_is_switched_off_for_the_reference(ranks, base: Path) -> None
     assert jobs.losses(output)[0] == pytest.approx(math.log(2), abs=1e-3)
     assert jobs.losses(output)[-1] < jobs.losses(output)[0]
     assert (output / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_run_that_stopped_after_a_checkpoint_gives_the_same_ticket(ranks, base: Path) -> None:
+    options = ("--calibration_steps", "2", "--score", "gradient", "--save_steps", "2", "--max_steps", "5")
+    straight = run(ranks, base, "straight", *options)
+    stopped = base / "stopped"
+    stopped.mkdir()
+    for name in ("config.yaml", "metrics.jsonl", "calibration.json"):
+        shutil.copy(straight / name, stopped / name)
+    for name in ("mask", "checkpoint-2"):
+        shutil.copytree(straight / name, stopped / name)
+    run(ranks, base, "stopped", *options, "--resume_from_checkpoint", "true")
+    assert jobs.summary(stopped)["training"]["resumed_from_step"] == 2
+    for name in ("ticket.safetensors", "ticket.json"):
+        assert (stopped / "ticket" / name).read_bytes() == (straight / "ticket" / name).read_bytes()
+    assert jobs.losses(stopped) == jobs.losses(straight) and len(jobs.losses(stopped)) == 5

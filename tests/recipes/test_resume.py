@@ -19,7 +19,8 @@ from tests.recipes.test_end_to_end import ROOT, command_of, launch, succeed, wor
 __all__ = ["world"]  # a fixture of this module, too
 
 OPTIONS = (
-    *("--max_steps", "24", "--calibration_steps", "12", "--save_steps", "4", "--save_total_limit", "2"),
+    *("--max_steps", "24", "--calibration_steps", "12", "--save_strategy", "steps"),
+    *("--save_steps", "4", "--save_total_limit", "2"),
     *("--logging_steps", "1", "--merged", "false", "--report_to", "tensorboard"),
 )
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
