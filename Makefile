@@ -10,7 +10,7 @@ STAMP = $(VENV)/.installed
 # Several ranks share a machine's cores in tests and in the demo: one thread each.
 RUN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: help install demo test test-gpu lint clean
+.PHONY: help install demo test test-gpu lint bench bench-gpu clean
 
 help:
 	@echo "lota: sparse fine-tuning by lottery tickets, on DeepSpeed ZeRO-3"
@@ -20,6 +20,8 @@ help:
 	@echo "  make test       lint, types and the tests that need no accelerator"
 	@echo "  make test-gpu   the tests that need an accelerator"
 	@echo "  make lint       ruff and mypy"
+	@echo "  make bench      kernels and whole steps on this CPU, after their tests (about 5 minutes, 2 cores)"
+	@echo "  make bench-gpu  kernels on a GPU, after their tests"
 	@echo "  make clean      remove $(VENV), runs/ and tool caches"
 	@echo
 	@echo "  PYTHON=python3.12 make install        another interpreter (3.10 to 3.13)"
@@ -49,6 +51,15 @@ test: lint
 
 test-gpu: $(STAMP)
 	$(RUN) $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+# No figure while results are wrong: the kernels' tests come first.
+bench: $(STAMP)
+	$(RUN) $(BIN)/python -m pytest -q -m "not gpu" tests/kernels/test_ops.py tests/kernels/test_step_is_exact.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.kernels
+
+bench-gpu: $(STAMP)
+	$(RUN) $(BIN)/python -m pytest -q -m gpu tests/kernels
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.kernels --device cuda
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

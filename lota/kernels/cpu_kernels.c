@@ -1,4 +1,4 @@
-// The step and the gather on CPUs: one pass over tiles of the index, compiled on the machine that runs it.
+// The operations with an index on CPUs: one pass over tiles of the index, compiled on the machine that runs it.
 //
 // Same arithmetic as reference.py: fp32, one rounding per operation (-ffp-contract=off), IEEE division and square root.
 // A tile's gradients and positions are brought into small arrays first, so that the loop with the arithmetic has a plain
@@ -151,5 +151,57 @@ void lota_gather(float *restrict out, const void *source, int source_dtype, Inde
             for (int i = first; i < last; i++) to[i] += value[i];
         else
             memcpy(to + first, value + first, 4 * (last - first));
+    }
+}
+
+// target[position(k)] = values[k], bits of `size` bytes; with `is_swap` the old ones go to values[k].
+void lota_move(void *target, int size, Index index, int64_t num_active, void *values, int is_swap, int num_threads) {
+    const int64_t num_tiles = (num_active + TILE - 1) / TILE;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (int64_t tile = 0; tile < num_tiles; tile++) {
+        const int count = entries_of(tile, num_active);
+        int32_t offset[TILE];
+        decode(&index, tile, 0, count, offset);
+        if (size == 2) {
+            uint16_t *to = (uint16_t *)target + index.base[tile], *from = (uint16_t *)values + tile * TILE;
+            for (int i = 0; i < count; i++) {
+                const uint16_t old = to[offset[i]];
+                to[offset[i]] = from[i];
+                if (is_swap) from[i] = old;
+            }
+        } else {
+            uint32_t *to = (uint32_t *)target + index.base[tile], *from = (uint32_t *)values + tile * TILE;
+            for (int i = 0; i < count; i++) {
+                const uint32_t old = to[offset[i]];
+                to[offset[i]] = from[i];
+                if (is_swap) from[i] = old;
+            }
+        }
+    }
+}
+
+// target[position(k)] = (cast) values[k], or += alpha * values[k] where alpha is not null; saved gets the old bits.
+void lota_scatter(void *target, int target_dtype, Index index, int64_t num_active, const void *values, int values_dtype,
+                  const float *alpha, void *saved, int num_threads) {
+    const int64_t num_tiles = (num_active + TILE - 1) / TILE;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (int64_t tile = 0; tile < num_tiles; tile++) {
+        const int count = entries_of(tile, num_active);
+        const int64_t base = index.base[tile];
+        int32_t offset[TILE];
+        float value[TILE], old[TILE];
+        decode(&index, tile, 0, count, offset);
+        load_compact(values, values_dtype, tile * TILE, count, value);
+        if (alpha) {
+            load_at(target, target_dtype, base, offset, 0, count, old);
+            for (int i = 0; i < count; i++) value[i] = old[i] + value[i] * *alpha;
+        }
+        if (saved && target_dtype == BF16)
+            for (int i = 0; i < count; i++)
+                ((uint16_t *)saved)[tile * TILE + i] = ((const uint16_t *)target)[base + offset[i]];
+        else if (saved)
+            for (int i = 0; i < count; i++)
+                ((uint32_t *)saved)[tile * TILE + i] = ((const uint32_t *)target)[base + offset[i]];
+        store_at(target, target_dtype, base, offset, count, value);
     }
 }

@@ -1,4 +1,4 @@
-"""Compiled C versions of the operations that every step runs, with plain torch for the rest; needs a C compiler.
+"""Compiled C versions of the operations with an index, in the order of `reference.py`; fp16 sums run on plain torch.
 
 `cpu_kernels.c` is compiled when it is first used, which takes a fraction of a second, and kept in the user's cache
 directory under a name that depends on the source, the flags, the compiler and the processor. torch.compile gives the
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lota.kernels import reference
 from lota.kernels.index import TileIndex
-from lota.kernels.reference import exchange_, mask_op, popcount, scatter_, scatter_add_, squared_norm
+from lota.kernels.reference import mask_op, popcount, squared_norm
 
 __all__ = [
     "adamw_",
@@ -63,6 +63,26 @@ def gather_add_(
         reference.gather_add_(out, source, index, scale, start, stop, origin)
     else:
         _gather(out, source, index, scale, start, stop, origin, is_sum=True)
+
+
+def scatter_(target: Tensor, index: TileIndex, values: Tensor) -> None:
+    if values.dtype == target.dtype:
+        _move(target, index, values, is_swap=False)
+    elif target.dtype not in _DTYPES or values.dtype not in _DTYPES:
+        reference.scatter_(target, index, values)
+    else:
+        _scatter(target, index, values, None, None)
+
+
+def exchange_(target: Tensor, index: TileIndex, values: Tensor) -> None:
+    _move(target, index, values, is_swap=True)
+
+
+def scatter_add_(target: Tensor, index: TileIndex, delta: Tensor, alpha: Tensor, saved: Tensor | None) -> None:
+    if target.dtype not in _DTYPES or delta.dtype not in _DTYPES:
+        reference.scatter_add_(target, index, delta, alpha, saved)
+    else:
+        _scatter(target, index, delta, alpha, saved)
 
 
 def adamw_(
@@ -157,6 +177,32 @@ def _gather(
     )
 
 
+def _move(target: Tensor, index: TileIndex, values: Tensor, is_swap: bool) -> None:
+    library().lota_move(
+        target.data_ptr(),
+        target.element_size(),
+        _index(index),
+        index.num_active,
+        values.data_ptr(),
+        is_swap,
+        torch.get_num_threads(),
+    )
+
+
+def _scatter(target: Tensor, index: TileIndex, values: Tensor, alpha: Tensor | None, saved: Tensor | None) -> None:
+    library().lota_scatter(
+        target.data_ptr(),
+        _DTYPES[target.dtype],
+        _index(index),
+        index.num_active,
+        values.data_ptr(),
+        _DTYPES[values.dtype],
+        None if alpha is None else alpha.data_ptr(),
+        None if saved is None else saved.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
 class _Index(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("offset", ctypes.c_void_p), ("is_narrow", ctypes.c_int64))
 
@@ -177,24 +223,25 @@ def library() -> Any:
             loaded = ctypes.CDLL(str(path))
         except (OSError, subprocess.CalledProcessError):
             continue  # no OpenMP (Apple's clang), no cache directory that can be written and loaded from
-        pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-        step: list[Any] = [pointer, ctypes.c_int, pointer, ctypes.c_int, ctypes.c_int, _Index, integer]
-        loaded.lota_adamw.argtypes = [*step, *[pointer] * 4, *[number] * 4, ctypes.c_int]
-        loaded.lota_rmsprop.argtypes = [*step, *[pointer] * 3, *[number] * 3, ctypes.c_int]
-        loaded.lota_gather.argtypes = [
-            pointer,
-            pointer,
-            ctypes.c_int,
-            _Index,
-            pointer,
-            ctypes.c_int,
-            *[integer] * 3,
-            ctypes.c_int,
-        ]
-        for function in (loaded.lota_adamw, loaded.lota_rmsprop, loaded.lota_gather):
-            function.restype = None
+        _declare(loaded)
         return loaded
     return None
+
+
+def _declare(loaded: Any) -> None:
+    """The functions' arguments, in the order of the C source."""
+    pointer, integer, number, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    step: list[Any] = [pointer, count, pointer, count, count, _Index, integer]
+    arguments: dict[str, list[Any]] = {
+        "lota_adamw": [*step, *[pointer] * 4, *[number] * 4, count],
+        "lota_rmsprop": [*step, *[pointer] * 3, *[number] * 3, count],
+        "lota_gather": [pointer, pointer, count, _Index, pointer, count, *[integer] * 3, count],
+        "lota_move": [pointer, count, _Index, integer, pointer, count, count],
+        "lota_scatter": [pointer, count, _Index, integer, pointer, count, pointer, pointer, count],
+    }
+    for name, types in arguments.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = types, None
 
 
 def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:

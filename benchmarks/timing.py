@@ -1,0 +1,99 @@
+"""What the kernel benchmarks share: rounds of interleaved calls, copy bandwidth, and CSV rows that name the machine."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def rounds(calls: Mapping[str, Callable[[], Any]], count: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every call in each of `count` rounds, after one to warm up.
+
+    Calls take turns, so that a busy moment of the machine hits all of them and the large ones clear the caches for the
+    next; on a GPU the L2 cache is cleared by writing 256 MiB between two calls.
+    """
+    took: dict[str, list[float]] = {name: [] for name in calls}
+    flush = torch.empty(1 << 26, device=device) if device.type == "cuda" else None
+    for number in range(count + 1):
+        for name, call in calls.items():
+            seconds = _seconds_on_gpu(call, flush) if flush is not None else _seconds(call)
+            if number:
+                took[name].append(seconds)
+    return took
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _seconds_on_gpu(call: Callable[[], Any], flush: torch.Tensor) -> float:
+    flush.zero_()
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def copy_bandwidth(device: torch.device, nbytes: int = 1 << 28) -> float:
+    """Bytes a second, read and written, of the fastest of ten copies between two buffers of `nbytes`."""
+    source = torch.ones(nbytes // 4, device=device)
+    target = torch.zeros_like(source)
+    took = rounds({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
+    return 2 * nbytes / min(took)
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Hardware and versions, as columns of a CSV row."""
+    from lota.kernels import backend_name
+
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{_processor()}, {torch.get_num_threads()} threads"
+    return {
+        "hardware": hardware,
+        "kernels": backend_name(device),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "deepspeed": _version("deepspeed"),
+        "python": platform.python_version(),
+    }
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
