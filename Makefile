@@ -56,6 +56,7 @@ test-gpu: $(STAMP)
 bench: $(STAMP)
 	$(RUN) $(BIN)/python -m pytest -q -m "not gpu" tests/kernels/test_ops.py tests/kernels/test_step_is_exact.py
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.kernels
+	$(RUN) $(BIN)/python -m benchmarks.end_to_end
 
 bench-gpu: $(STAMP)
 	$(RUN) $(BIN)/python -m pytest -q -m gpu tests/kernels

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import copy_bandwidth, machine, median, rounds, write_csv
+from benchmarks.timing import machine, median, rounds, write_csv
 from lota.kernels import (
     TileIndex,
     adamw_,
@@ -38,6 +38,7 @@ from lota.kernels import (
 
 # Weights of one layer of Llama 3.1 8B (attention and MLP), and an eighth of all 32 of them: one partition of 8.
 LAYER, PARTITION = 218_103_808, 872_415_232
+COPIED = 1 << 28  # bytes of the copy that measures the bandwidth, among the other calls
 DENSITIES = (0.5, 0.1, 0.01, 0.001)
 ADAMW = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
 LR, WEIGHT_DECAY = 1e-3, 0.01
@@ -58,12 +59,12 @@ def main() -> int:
         raise SystemExit("--device cuda needs a GPU, and torch sees none")
     torch.set_num_threads(options.threads)
     is_cpu = device.type == "cpu"
-    where = machine(device) | {"copy_gb_per_s": f"{copy_bandwidth(device) / 1e9:.1f}"}
+    where = machine(device)
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     rows: list[dict[str, Any]] = []
     for numel in options.numel or ([50_000_000] if is_cpu else [LAYER, PARTITION]):
         count = options.rounds or (15 if is_cpu else 50)
-        for row in measure(numel, count, device, float(where["copy_gb_per_s"]) * 1e9):
+        for row in measure(numel, count, device):
             rows.append(row | where)
             _show(row)
     write_csv(options.out, rows)
@@ -72,13 +73,15 @@ def main() -> int:
     return 0
 
 
-def measure(numel: int, count: int, device: torch.device, bandwidth: float) -> Iterator[dict[str, Any]]:
-    dense = dict(dense_steps(numel, device))
+def measure(numel: int, count: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    source = torch.ones(COPIED // 4, device=device)
+    dense = {"copy": partial(torch.empty_like(source).copy_, source), **dict(dense_steps(numel, device))}
     for density in DENSITIES:
         case = Case(numel, density, device)
         case.check()
         took = rounds({**dense, **case.calls()}, count, device)
         base = min(took["dense torch.optim.AdamW(fused)"])
+        bandwidth = 2 * COPIED / min(took["copy"])
         for name, values in took.items():
             floor = case.floor_bytes(name) / bandwidth
             yield {
@@ -91,6 +94,7 @@ def measure(numel: int, count: int, device: torch.device, bandwidth: float) -> I
                 "median_of_dense_fused": round(median(values) / median(took["dense torch.optim.AdamW(fused)"]), 4),
                 "floor_ms": round(floor * 1e3, 4),
                 "of_floor": round(floor / min(values), 3) if floor else "",
+                "copy_gb_per_s": round(bandwidth / 1e9, 1),
                 "index_bits": 8 * case.index.offset.element_size(),
                 "rounds": count,
             }
@@ -219,6 +223,8 @@ class Case:
         line = 32 if self.device.type == "cuda" else 64
         lines = (self.positions * 2 // line).unique_consecutive().numel() * line
         active, index, numel = self.index.num_active, self.index.nbytes, self.index.numel
+        if name == "copy":
+            return 2.0 * COPIED
         if name.startswith("dense"):
             return 28.0 * numel
         return {

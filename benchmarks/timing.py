@@ -1,4 +1,4 @@
-"""What the kernel benchmarks share: rounds of interleaved calls, copy bandwidth, and CSV rows that name the machine."""
+"""What the kernel benchmarks share: rounds of interleaved calls, and CSV rows that name the machine."""
 
 from __future__ import annotations
 
@@ -46,14 +46,6 @@ def _seconds_on_gpu(call: Callable[[], Any], flush: torch.Tensor) -> float:
 
 def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
-
-
-def copy_bandwidth(device: torch.device, nbytes: int = 1 << 28) -> float:
-    """Bytes a second, read and written, of the fastest of ten copies between two buffers of `nbytes`."""
-    source = torch.ones(nbytes // 4, device=device)
-    target = torch.zeros_like(source)
-    took = rounds({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
-    return 2 * nbytes / min(took)
 
 
 def machine(device: torch.device) -> dict[str, str]:
