@@ -87,7 +87,7 @@ def headline(summary: Mapping[str, Any]) -> str:
     facts = []
     if "steps" in training:
         facts.append(f"{training['steps']:,} steps")
-    if "eval_loss" in training:
+    if "eval_loss" in training and "eval_loss_before" in training:
         facts.append(f"eval loss {training['eval_loss_before']:.4g} before, {training['eval_loss']:.4g} after")
     if facts:
         lines.append(", ".join(facts))
