@@ -50,9 +50,9 @@ def ticket_card(manifest: Manifest, facts: Mapping[str, Any] | None = None) -> s
         else "It holds no base values: keep the base to return to it."
     )
     return f"""{front_matter(provenance, "lota", "adapter")}
-# A lottery ticket for {base}
+# A lottery ticket for {_short(base)}
 
-{density:.3%} of the eligible weights of {base}, with their new values; every other weight of the model stays the
+{density:.3%} of the eligible weights of the base, with their new values; every other weight of the model stays the
 base's, bit for bit ({_PAPER}).
 
 {_table(rows)}
@@ -89,7 +89,7 @@ def merged_card(tickets: Sequence[Ticket], config: Mapping[str, Any]) -> str:
             {key: value for key, value in ticket.provenance.items() if key not in ("model", "revision", "versions")}
         )
     return f"""{front_matter(provenance, "transformers", "finetune")}
-# {provenance.get("model") or "A base model"} with {len(tickets)} lottery ticket{"s" * (len(tickets) != 1)} applied
+# {_short(str(provenance.get("model") or "A base model"))} with {len(tickets)} lottery ticket{"s" * (len(tickets) != 1)} applied
 
 The base model with the entries below assigned; every other weight is the base's, bit for bit ({_PAPER}). It loads as
 any transformers model. With the ticket, `lota revert --tuned THIS TICKET --out BASE` makes the base again.
@@ -114,7 +114,7 @@ def peft_card(ticket: Ticket, base: str, facts: Mapping[str, Any]) -> str:
         facts["num_whole_modules"]
     )
     return f"""{front_matter(ticket.provenance, "peft", "adapter")}
-# A lottery ticket for {base}, as a PEFT adapter
+# A lottery ticket for {_short(base)}, as a PEFT adapter
 
 Made from a ticket ({_of(ticket.mask)}; {_PAPER}) in the format of PEFT's SHiRA; stock PEFT loads it.{whole}
 
@@ -169,6 +169,11 @@ def _base_text(provenance: Mapping[str, Any]) -> str | None:
 
 def _is_on_hub(name: Any) -> bool:
     return isinstance(name, str) and bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists()
+
+
+def _short(model: str) -> str:
+    """A model's name for a title: a local folder's last part."""
+    return model if _is_on_hub(model) else Path(model).name or model
 
 
 def _of(mask: Mask) -> str:
