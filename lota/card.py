@@ -88,8 +88,11 @@ def merged_card(tickets: Sequence[Ticket], config: Mapping[str, Any]) -> str:
         rows[f"ticket {number}"] = f"{_of(ticket.mask)}; " + _plain(
             {key: value for key, value in ticket.provenance.items() if key not in ("model", "revision", "versions")}
         )
+    title = f"{_short(str(provenance.get('model') or 'A base model'))} with {len(tickets)} lottery tickets applied"
+    if len(tickets) == 1:
+        title = title.replace("tickets applied", "ticket applied")
     return f"""{front_matter(provenance, "transformers", "finetune")}
-# {_short(str(provenance.get("model") or "A base model"))} with {len(tickets)} lottery ticket{"s" * (len(tickets) != 1)} applied
+# {title}
 
 The base model with the entries below assigned; every other weight is the base's, bit for bit ({_PAPER}). It loads as
 any transformers model. With the ticket, `lota revert --tuned THIS TICKET --out BASE` makes the base again.
