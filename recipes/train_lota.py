@@ -29,6 +29,7 @@ from recipes import data, dense_checkpoint, lora
 from recipes.arguments import Config, LotaArguments, PreferenceConfig, RecipeConfig, parse, validate
 from recipes.mask_phase import calibrate, mask_facts
 from recipes.phases import Phase, timed, training_dtype
+from recipes.planning import say_plan
 from recipes.run_folder import RunFolder, rank, say, versions, world_size
 
 
@@ -38,6 +39,7 @@ def main(config_class: type[Config] = RecipeConfig) -> None:
     join_world()
     args, config = parse(config_class=config_class)
     notes = validate(args, config)
+    say_plan(args, config)
     sets = data.load(args, config.seed, is_preference=config_class is PreferenceConfig)
     folder = RunFolder(args, config)
     for note in notes:

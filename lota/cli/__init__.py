@@ -10,9 +10,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lota.cli import apply, export, inspect, revert
+from lota.cli import apply, export, inspect, plan, revert
 
-COMMANDS = (inspect, apply, revert, export)
+COMMANDS = (inspect, apply, revert, export, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
+from lota import plan
 from lota.kernels import backend_name
 from lota.ticket import Mask
 from lota.zero import engine as engines
@@ -19,7 +23,10 @@ from lota.zero.frozen import Freeze
 from lota.zero.groups import check_shard_group_size, make_groups
 from lota.zero.run import BUCKET_NUMEL, BlockRun
 from lota.zero.sparse import SparseTraining
+from lota.zero.spread import mask_counts
 from lota.zero.update import choose_update
+
+_LOG = logging.getLogger("lota")
 
 
 class SparseRun(BlockRun):
@@ -77,6 +84,7 @@ class SparseRun(BlockRun):
             tensor = self.base[name]
             self.mask.check_base(name, self.mask.shape(name), tensor.dtype, tensor.fingerprint)
         self._kernels = backend_name(tensor_groups[0].weights.device)
+        self._decide_reduction(optimizer, engine, tensor_groups[0].weights.device)
         self.core = SparseTraining(
             tensor_groups,
             self.mask,
@@ -97,6 +105,38 @@ class SparseRun(BlockRun):
             "optimizer": self._training.update.name,
             **super()._identity(),
         }
+
+    def _decide_reduction(self, optimizer: Any, engine: Any, weights_device: torch.device) -> None:
+        """Settle `auto` by the planner, alike on all ranks, and say so once. Collective."""
+        if self._gradient_reduction != "auto":
+            return
+        is_offloaded = weights_device.type != self.device.type
+        layout = replace(self._plan_layout(optimizer, engine), offload_param=is_offloaded)
+
+        def plan_of(kind: str) -> plan.MethodPlan:
+            item_bytes = max(part.data.element_size() for part in engines.partitions(engine.module))
+            model = plan.ModelShapes("", engines.shapes(engine.module), 0, item_bytes)
+            return plan.lota(model, layout, mask_counts(self.mask, layout.shard_size), reduction=kind)
+
+        self._gradient_reduction, self._reduction_reason = plan.choose_reduction(
+            plan_of,
+            smallest_memory(self.device),
+            shard_size=layout.shard_size,
+            once_per_step=self._once_per_step,
+        )
+        if dist.get_rank() == 0:
+            _LOG.info("gradient_reduction %s", self._reduction_reason)
+
+    def _plan_layout(self, optimizer: Any, engine: Any) -> plan.Layout:
+        reduction, zero = self.groups.reduction, engine._config.zero_config
+        return plan.Layout(
+            ranks=reduction.world_size,
+            shard_group_size=reduction.shard_size,
+            gradient_accumulation_steps=engine.gradient_accumulation_steps(),
+            bucket=int(optimizer.reduce_bucket_size),
+            persistence_threshold=int(zero.param_persistence_threshold),
+            live_parameters=min(int(zero.max_live_parameters), int(zero.max_reuse_distance)),
+        )
 
     def report(self) -> dict[str, Any]:
         """What this rank holds and sent, in bytes, against dense ZeRO-3 AdamW with fp32 gradients; counts and steps."""
@@ -168,6 +208,15 @@ class SparseRun(BlockRun):
             )
         mask = self.mask.with_base({name: self.base[name] for name in self.mask.names})
         return deliver(training, mask, path, provenance, dtype=dtype, overwrite=overwrite, device=self.device)
+
+
+def smallest_memory(device: torch.device) -> int | None:
+    """Bytes of the smallest accelerator among all ranks; None on CPUs, whose memory ranks share. Collective there."""
+    if device.type == "cpu":
+        return None
+    total = torch.tensor([get_accelerator().total_memory()], dtype=torch.int64, device=device)
+    dist.all_reduce(total, op=dist.ReduceOp.MIN)
+    return int(total)
 
 
 def _engine_dtype(config: Any, dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,41 @@
+"""The planner's bytes beside those counted from outside a run: five small models, six methods, two ranks.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.planner
+
+Prints a markdown table: planned, counted and their difference, of what a rank holds between steps (device and host
+memory, which are one on CPU ranks) and of the buffers that its collectives move in a step of two micro steps. The same
+runs are the test tests/plan/test_counted.py (the complete ones under the mark `slow`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tests.plan.counted import METHODS, MODELS, compare, counted
+from tests.ranks import RankPool
+
+
+def main() -> None:
+    ranks = RankPool(2)
+    print("| model | method | held: planned | counted | | sent a step: planned | counted | |")
+    print("|---|---|---|---|---|---|---|---|")
+    worst = 0.0
+    for case in MODELS:
+        for method in METHODS:
+            pairs = compare(ranks.run(counted, case, method, {})[0])
+            held = pairs.pop("held")
+            sent = tuple(sum(pair[side] for pair in pairs.values()) for side in (0, 1))
+            worst = max(worst, *(abs(_difference(pair)) for pair in (held, *pairs.values())))
+            cells = [f"{held[0]:,}", f"{held[1]:,}", f"{_difference(held):+.2f}%"]
+            cells += [f"{sent[0]:,}", f"{sent[1]:,}", f"{_difference(sent):+.2f}%"]
+            print(f"| {case} | {method} | " + " | ".join(cells) + " |", flush=True)
+    print(f"\nLargest difference of a single quantity: {worst:.2f}%. torch {torch.__version__}, two CPU ranks.")
+    ranks.close()
+
+
+def _difference(pair: tuple[int, int] | tuple[int, ...]) -> float:
+    return 100 * (pair[0] - pair[1]) / max(1, pair[1])
+
+
+if __name__ == "__main__":
+    main()

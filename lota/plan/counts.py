@@ -1,0 +1,90 @@
+"""How many entries are trained, and where: the counts that bytes follow from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from lota.kernels import TILE
+from lota.plan.model import ModelShapes
+from lota.ticket.codec import choose, num_bytes
+
+# By how many percent the fullest rank exceeded an even share in the most uneven masks measured: docs/planning.md.
+_EXCESS = ((1, 0), (2, 3), (8, 39), (64, 131))
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Adapters of `rank` on the matrices `targets`."""
+
+    rank: int
+    targets: tuple[str, ...]
+
+    def shapes(self, model: ModelShapes) -> dict[str, tuple[int, ...]]:
+        added: dict[str, tuple[int, ...]] = {}
+        for name in self.targets:
+            rows, columns = model.shapes[name]
+            added[f"{name}.lora_A"], added[f"{name}.lora_B"] = (self.rank, columns), (rows, self.rank)
+        return added
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where a mask's entries lie, as far as bytes depend on it.
+
+    counts: active entries by tensor. local: entries of the planned rank; fullest: of the fullest one.
+    offset_bytes, local_offset_bytes: 2 where every 1024 neighbouring entries span fewer than 65536 positions, else 4.
+    """
+
+    counts: Mapping[str, int]
+    local: int
+    fullest: int
+    offset_bytes: int
+    local_offset_bytes: int
+
+    @property
+    def active(self) -> int:
+        return sum(self.counts.values())
+
+
+@dataclass(frozen=True)
+class MaskCounts:
+    """Eligible tensors and how a mask lies on them: evenly at a density, or as a given mask does."""
+
+    numels: Mapping[str, int]
+    spread: Spread
+    is_even: bool = True
+
+    @classmethod
+    def even(cls, model: ModelShapes, eligible: Sequence[str], density: float, size: int) -> MaskCounts:
+        """`round(density * eligible)` entries, spread evenly over tensors and ranks."""
+        numels = {name: math.prod(model.shapes[name]) for name in eligible}
+        total = sum(numels.values())
+        active = round(density * total)
+        bounds = [0] + [active * seen // max(1, total) for seen in accumulate(numels.values())]
+        counts = {name: bounds[i + 1] - bounds[i] for i, name in enumerate(numels)}
+        local = -(-active // size)
+        # 1024 entries span 1024/density positions on average; the quarter more is over ten standard deviations.
+        offset = 2 if total * TILE * 5 // 4 < active << 16 else 4
+        return cls(numels, Spread(counts, local, local, offset, offset))
+
+    @property
+    def eligible(self) -> int:
+        return sum(self.numels.values())
+
+    def encoded(self) -> int:
+        """Bytes of the mask as a ticket encodes it."""
+        return sum(num_bytes(c[0], n, k, c[1]) for n, k in self._pairs() for c in [choose(n, k)])
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        return [(numel, self.spread.counts.get(name, 0)) for name, numel in self.numels.items()]
+
+
+def excess_percent(size: int) -> int:
+    """Between the measured numbers of ranks in proportion; beyond them the last."""
+    for (low, below), (high, above) in pairwise(_EXCESS):
+        if size <= high:
+            return below + (above - below) * (size - low) // (high - low)
+    return _EXCESS[-1][1]

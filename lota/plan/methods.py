@@ -1,0 +1,235 @@
+"""Bytes per rank of dense ZeRO-3, LoRA, LoTA's calibration and LoTA's sparse training. Formulas: docs/planning.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lota.kernels import TILE
+from lota.plan.counts import LoraSettings, MaskCounts, excess_percent
+from lota.plan.layout import Layout, Transfer
+from lota.plan.model import ModelShapes
+
+FINGERPRINT_TABLE = 8 << 16
+MOST_BUCKET = 1 << 22
+SUB_GROUP = 1_000_000_000
+TENSOR_RECORD = 600
+"""Bytes of names and checksums that a tensor adds to a ticket, about."""
+_ADAMW = 12
+# How many buckets may be on their way, packed and received, beside the one being filled (lota.zero.reduction).
+_BUFFERS = 7
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """What one rank holds and sends. device: between steps; work: what backward adds; step: what the step adds.
+
+    eligible, active: entries that could be and that are trained.
+    """
+
+    name: str
+    device: Mapping[str, int]
+    host: Mapping[str, int]
+    work: Mapping[str, int]
+    step: int
+    transfers: Sequence[Transfer]
+    checkpoint: int
+    product: int
+    trained: int
+    uneven: int = 0
+    note: str = ""
+
+    @property
+    def held(self) -> int:
+        """Bytes on the device between steps."""
+        return sum(self.device.values())
+
+    @property
+    def peak(self) -> int:
+        """The most on the device besides activations: in backward or in the step, on an uneven mask's fullest rank."""
+        return self.held + self.uneven + max(sum(self.work.values()), self.step)
+
+    def sent(self, layout: Layout) -> tuple[int, int]:
+        """Bytes a rank sends per step inside its node, and over the network."""
+        pairs = [transfer.sent(layout.ranks_per_node) for transfer in self.transfers]
+        return sum(inside for inside, _ in pairs), sum(across for _, across in pairs)
+
+    def payload(self, kind: str) -> int:
+        """Bytes of the buffers that collectives of a kind move per step."""
+        return sum(t.payload for t in self.transfers if t.kind == kind and len(t.group) > 1)
+
+
+def full(model: ModelShapes, layout: Layout) -> MethodPlan:
+    """Stock ZeRO-3 with AdamW on every weight."""
+    plan = _dense("dense ZeRO-3", model, layout, list(model.shapes))
+    size = model.numel()
+    return replace(plan, checkpoint=(model.item_bytes + _ADAMW) * size, product=model.item_bytes * size)
+
+
+def lora(model: ModelShapes, layout: Layout, settings: LoraSettings) -> MethodPlan:
+    """Stock ZeRO-3 with AdamW on adapters; the gathers include the frozen weights (an upper bound: what comes before
+    the first adapter needs none in backward)."""
+    added = settings.shapes(model)
+    grown = replace(model, shapes={**model.shapes, **added})
+    plan = _dense(f"LoRA, rank {settings.rank}", grown, layout, list(added))
+    size = grown.numel(added)
+    return replace(plan, checkpoint=(model.item_bytes + _ADAMW) * size, product=model.item_bytes * size)
+
+
+def calibration(model: ModelShapes, layout: Layout, eligible: Sequence[str], score: str) -> MethodPlan:
+    """LoTA's first phase, sharded over all ranks: `task_vector` trains densely; `gradient`, `fisher` and `snip` keep a
+    score; `magnitude` and `random` nothing."""
+    numel, pieces = model.numel(eligible), model.pieces(layout.ranks, eligible)
+    name = f"calibration, {score}"
+    if score == "task_vector":
+        plan = _dense(name, model, layout, eligible)
+        host = {**plan.host, "base values": model.item_bytes * pieces, "fingerprints": FINGERPRINT_TABLE}
+        return replace(plan, host=host, checkpoint=_ADAMW * numel)
+    device = _weights(model, layout, layout.ranks)
+    work = _at_work(model, layout, layout.ranks, eligible)
+    step = 0
+    transfers = _gathers(model, layout, layout.world())
+    if score in ("gradient", "fisher", "snip"):
+        device["scores"] = 4 * pieces
+        if layout.gradient_accumulation_steps > 1:
+            device["gradients"] = 4 * pieces
+        bucket = min(_bucket(model, layout, MOST_BUCKET), numel)
+        work["reduction buffers"] = 4 * bucket * (_BUFFERS if layout.ranks > 1 else 1)
+        step = 4 * min(pieces, MOST_BUCKET)
+        payload = 4 * numel * layout.gradient_accumulation_steps
+        transfers.append(Transfer("gradients", "all_to_all", payload, layout.world()))
+    checkpoint = device.get("scores", 0) and 4 * numel
+    return MethodPlan(name, device, {"fingerprints": FINGERPRINT_TABLE}, work, step, transfers, checkpoint, 0, numel)
+
+
+def lota(
+    model: ModelShapes,
+    layout: Layout,
+    mask: MaskCounts,
+    *,
+    reduction: str = "compact",
+    reduce_every: str = "micro_step",
+) -> MethodPlan:
+    """Sparse training. reduction: `compact` or `dense`; reduce_every: `micro_step` or `step`."""
+    size, spread = layout.shard_size, mask.spread
+    accumulation = layout.gradient_accumulation_steps
+    names = [name for name in mask.numels if spread.counts.get(name, 0)]
+    whole = _index(spread.active, spread.offset_bytes)
+    share = _index(spread.local, spread.local_offset_bytes)
+    padded = _padded(spread.local)
+    device = _weights(model, layout, size)
+    if reduction == "compact":
+        device["index, whole"] = whole
+    if reduction == "dense" or size > 1 or layout.offload_param:
+        device["index, own share"] = share
+    device |= {"masters": 4 * padded, "moments": 8 * padded, "gradients": 4 * padded}
+    host = {"base values": model.item_bytes * spread.local, "encoded mask": mask.encoded()}
+    host["fingerprints"] = FINGERPRINT_TABLE
+    if layout.offload_param:
+        moved = [kind for kind in device if kind not in ("index, whole", "gathered, kept")]
+        host |= {kind: device.pop(kind) for kind in moved}
+    per_reduction = 4 * (spread.active if reduction == "compact" else mask.eligible)
+    largest = max(spread.counts.values(), default=0) if reduction == "compact" else 0
+    bucket = max(min(_bucket(model, layout, MOST_BUCKET), per_reduction // 4), largest)
+    work = _at_work(model, layout, size, names)
+    if reduce_every == "step":
+        work["sums of micro steps"] = per_reduction
+    work["reduction buffers"] = 4 * bucket * (_BUFFERS if size > 1 else 1)
+    reductions = 1 if reduce_every == "step" else accumulation
+    transfers = [
+        *_gathers(model, layout, layout.shard_group()),
+        Transfer("gradients", "all_to_all", per_reduction * reductions, layout.shard_group()),
+        Transfer("gradients", "all_reduce", _own_of(per_reduction, size) * reductions, layout.replica_group()),
+    ]
+    values = model.item_bytes * spread.active
+    ticket = mask.encoded() + 2 * values + TENSOR_RECORD * len(mask.numels)
+    excess = spread.fullest - spread.local if not mask.is_even else spread.local * excess_percent(size) // 100
+    uneven = 0 if layout.offload_param else excess * (16 + spread.local_offset_bytes)
+    return MethodPlan(
+        f"LoTA, {100 * spread.active / max(1, mask.eligible):.3g}%",
+        device,
+        host,
+        work,
+        0,
+        transfers,
+        _ADAMW * spread.active,
+        ticket,
+        spread.active,
+        uneven,
+        f"gradient_reduction {reduction}",
+    )
+
+
+def _dense(name: str, model: ModelShapes, layout: Layout, trained: Sequence[str]) -> MethodPlan:
+    """Stock ZeRO-3: fp32 masters and two moments, gradients in the weights' dtype, one bucket."""
+    ranks, item = layout.ranks, model.item_bytes
+    pieces, numel = model.pieces(ranks, trained), model.numel(trained)
+    device = _weights(model, layout, ranks)
+    states = {"masters": 4 * pieces, "moments": 8 * pieces, "gradients": item * pieces}
+    host: dict[str, int] = {}
+    if layout.offload_optimizer:
+        host |= states
+    else:
+        device |= states
+    device["reduction bucket"] = item * _bucket(model, layout, None)
+    transfers = _gathers(model, layout, layout.world())
+    payload = item * numel * layout.gradient_accumulation_steps
+    transfers.append(Transfer("gradients", "reduce_scatter", payload, layout.world()))
+    # An fp32 copy of the gradients and one more in the weights' dtype, a sub-group at a time.
+    step = 0 if layout.offload_optimizer else (4 + item) * min(pieces, SUB_GROUP)
+    return MethodPlan(name, device, host, _at_work(model, layout, ranks, trained), step, transfers, 0, 0, numel)
+
+
+def _weights(model: ModelShapes, layout: Layout, size: int) -> dict[str, int]:
+    held = {"weights": model.item_bytes * model.pieces(size)}
+    kept = model.item_bytes * model.persistent(_threshold(model, layout))
+    if size > 1 and kept:
+        held["gathered, kept"] = kept
+    return held
+
+
+def _at_work(model: ModelShapes, layout: Layout, size: int, trained: Sequence[str]) -> dict[str, int]:
+    work = {"largest gradient": model.item_bytes * model.largest_gradient(trained)}
+    if size > 1:
+        passing = model.numel() - model.persistent(_threshold(model, layout))
+        work["gathered weights"] = model.item_bytes * max(
+            min(passing, model.largest_gathered()), min(passing, layout.live_parameters)
+        )
+    return work
+
+
+def _gathers(model: ModelShapes, layout: Layout, group: range) -> list[Transfer]:
+    """Weights for forward, backward and, with activation checkpointing, the second forward.
+
+    Small tensors stay gathered from one step to the next. What all fits under DeepSpeed's limits is gathered once per
+    micro step; beyond that an upper bound: up to `live_parameters` of it need not be gathered again.
+    """
+    kept = model.persistent(_threshold(model, layout))
+    passing = model.numel() - kept
+    fits = passing <= layout.live_parameters
+    elements = passing if fits else 2 * (passing + model.tied)
+    if layout.gradient_checkpointing and not fits and layout.live_parameters < model.largest_gathered():
+        elements += model.in_blocks()
+    total = kept + elements * layout.gradient_accumulation_steps
+    return [Transfer("weights", "all_gather", model.item_bytes * total, group)]
+
+
+def _bucket(model: ModelShapes, layout: Layout, most: int | None) -> int:
+    bucket = model.hidden**2 if layout.bucket is None else layout.bucket
+    return bucket if most is None else min(bucket, most)
+
+
+def _threshold(model: ModelShapes, layout: Layout) -> int:
+    return 10 * model.hidden if layout.persistence_threshold is None else layout.persistence_threshold
+
+
+def _padded(active: int) -> int:
+    return -(-active // TILE) * TILE
+
+
+def _index(active: int, offset_bytes: int) -> int:
+    return -(-active // TILE) * 8 + _padded(active) * offset_bytes
+
+
+def _own_of(payload: int, size: int) -> int:
+    return -(-payload // size)

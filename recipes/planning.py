@@ -1,0 +1,79 @@
+"""The first lines of a run: what each rank will hold, need and send, said before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from lota import plan
+from lota.selection import eligible
+from lota.ticket import Mask
+from recipes.arguments import Config, LotaArguments
+from recipes.phases import training_dtype
+from recipes.run_folder import rank, say, world_size
+
+
+def say_plan(args: LotaArguments, config: Config) -> None:
+    """Print the short plan on rank 0. A model that cannot be planned is no reason to stop: loading it will tell."""
+    if rank() > 0:
+        return
+    try:
+        layout = layout_of(args, config)
+        lines = plan.short_lines(plans_of(args, config, layout), layout)
+    except (ValueError, OSError, ImportError) as error:
+        lines = [f"no plan: {error}"]
+    for line in lines:
+        say(line)
+
+
+def plans_of(args: LotaArguments, config: Config, layout: plan.Layout) -> list[plan.MethodPlan]:
+    """The phases of this run, in order."""
+    assert args.model_name_or_path is not None
+    dtype = str(training_dtype(config)).removeprefix("torch.")
+    model = plan.read_model(args.model_name_or_path, revision=args.model_revision, dtype=dtype)
+    if args.method == "full":
+        return [plan.full(model, layout)]
+    if args.method == "lora":
+        matrices = tuple(name for name in eligible(model.shapes) if len(model.shapes[name]) == 2)
+        return [plan.lora(model, layout, plan.LoraSettings(args.lora_r or 16, matrices))]
+    if args.mask is not None:
+        mask = Mask.load(args.mask)
+        names, density, before = list(mask.names), mask.density, []
+    else:
+        names, density = eligible(model.shapes, args.include, args.exclude), args.density or 0.1
+        before = [plan.calibration(model, layout, names, args.score or "task_vector")]
+    counts = plan.MaskCounts.even(model, names, density, layout.shard_size)
+    reduction = "dense" if args.gradient_reduction == "dense" else "compact"
+    return [*before, plan.lota(model, layout, counts, reduction=reduction)]
+
+
+def layout_of(args: LotaArguments, config: Config) -> plan.Layout:
+    """Ranks from the launcher's environment, bucket and limits from the DeepSpeed file where it gives numbers."""
+    content: Any = config.deepspeed
+    if isinstance(content, str):
+        content = json.loads(Path(content).read_text(encoding="utf-8"))
+    zero = (content or {}).get("zero_optimization", {})
+    limits = [zero.get(f"stage3_{name}") for name in ("max_live_parameters", "max_reuse_distance")]
+    return plan.Layout(
+        ranks=world_size(),
+        node_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size())),
+        shard_group_size=args.shard_group_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_checkpointing=config.gradient_checkpointing,
+        bucket=_number(zero.get("reduce_bucket_size")),
+        persistence_threshold=_number(zero.get("stage3_param_persistence_threshold")),
+        live_parameters=min((n for n in map(_number, limits) if n is not None), default=1_000_000_000),
+        offload_param=_is_offloaded(zero, "offload_param"),
+        offload_optimizer=_is_offloaded(zero, "offload_optimizer"),
+    )
+
+
+def _number(value: Any) -> int | None:
+    return int(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _is_offloaded(zero: dict[str, Any], key: str) -> bool:
+    return (zero.get(key) or {}).get("device", "none") != "none"

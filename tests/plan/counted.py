@@ -1,0 +1,167 @@
+"""One planned and counted run: a small model trained two steps by one method, counted from outside, beside its plan."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+import lota
+from lota import plan
+from lota.selection import eligible
+from tests.counting import Traffic
+
+DECODER = {
+    "vocab_size": 768,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {"vocab_size": 768, "n_embd": 192, "n_layer": 4, "n_head": 6, "n_positions": 64}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", DECODER),
+    "gpt2": ("GPT2Config", GPT2 | {"bos_token_id": 1, "eos_token_id": 2}),
+    "qwen3": ("Qwen3Config", DECODER | {"head_dim": 32}),
+    "mixtral": ("MixtralConfig", DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 3}),
+    "gemma": ("GemmaConfig", DECODER | {"head_dim": 32}),
+}
+METHODS = ("full", "lora", "task_vector", "gradient", "lota 0.1", "lota 0.01")
+LORA_RANK, BUCKET, ACCUMULATION = 8, 20_000, 2
+# Nothing stays gathered and nothing is gathered ahead: what a step gathers is then known exactly.
+ZERO = {
+    "stage": 3,
+    "reduce_bucket_size": BUCKET,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+}
+
+
+def counted(case: str, method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Runs on every rank. options: of `sparse_zero3`, and `zero`: changes to the ZeRO section."""
+    import deepspeed
+    import transformers
+
+    options = dict(options)
+    zero = ZERO | options.pop("zero", {})
+    kind, settings = MODELS[case]
+    config = getattr(transformers, kind)(**settings)
+    count = Traffic()
+    with count:
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.config.use_cache = False
+        block, planned = _block_and_plan(model, config, case, method, options, zero)
+        if method == "lora":
+            model = _with_adapters(model, case)
+        gc.collect()
+        with block as run:
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=torch.optim.AdamW(trained, lr=1e-3, fused=True), config=_config(zero)
+            )
+            for step in range(2):
+                count.restart()
+                for micro in range(ACCUMULATION):
+                    generator = torch.Generator().manual_seed(10 * step + micro + 100 * torch.distributed.get_rank())
+                    ids = torch.randint(3, 768, (1, 8), generator=generator)
+                    engine.backward(engine(input_ids=ids, labels=ids).loss)
+                    engine.step()
+                gc.collect()
+            # of the second step: the first one still records in which order weights are used
+            held, peak, payload = count.nbytes(), count.peak, dict(count.payload)
+            report = run.report() if run is not None else {}
+            engine.destroy()
+    if method in ("task_vector", "gradient"):
+        run._run.release()
+    return {"planned": planned, "held": held, "peak": peak, "payload": payload, "report": report}
+
+
+def _config(zero: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+    }
+
+
+def _with_adapters(model: Any, case: str) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    names = eligible({name: tuple(p.shape) for name, p in model.named_parameters()})
+    targets = {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in names if name.endswith(".weight")}
+    settings = LoraConfig(
+        r=LORA_RANK, target_modules=sorted(targets), task_type="CAUSAL_LM", fan_in_fan_out=case == "gpt2"
+    )
+    model.enable_input_require_grads()
+    return get_peft_model(model, settings)
+
+
+def _block_and_plan(
+    model: Any, config: Any, case: str, method: str, options: dict[str, Any], zero: dict[str, Any]
+) -> tuple[Any, plan.MethodPlan]:
+    shapes = plan.shapes_of_config(config, case)
+    names = eligible(shapes.shapes)
+    layout = plan.Layout(
+        ranks=torch.distributed.get_world_size(),
+        shard_group_size=options.get("shard_group_size"),
+        gradient_accumulation_steps=ACCUMULATION,
+        bucket=BUCKET,
+        persistence_threshold=zero["stage3_param_persistence_threshold"],
+        live_parameters=zero["stage3_max_live_parameters"],
+    )
+    if method == "full":
+        return nullcontext(), plan.full(shapes, layout)
+    if method == "lora":
+        matrices = tuple(name for name in names if len(shapes.shapes[name]) == 2)
+        return nullcontext(), plan.lora(shapes, layout, plan.LoraSettings(LORA_RANK, matrices))
+    if method in ("task_vector", "gradient"):
+        return lota.calibration_zero3(score=method, density=0.1), plan.calibration(shapes, layout, names, method)
+    density = float(method.split()[1])
+    mask = _random_mask({name: shapes.shapes[name] for name in names}, density)
+    counts = plan.MaskCounts.even(shapes, names, density, layout.shard_size)
+    made = plan.lota(
+        shapes,
+        layout,
+        counts,
+        reduction=options.get("gradient_reduction", "compact"),
+        reduce_every=options.get("reduce_every", "micro_step"),
+    )
+    return lota.sparse_zero3(mask, **options), made
+
+
+def _random_mask(shapes: dict[str, tuple[int, ...]], density: float) -> lota.Mask:
+    """Exactly `round(density * eligible)` entries, anywhere."""
+    numels = [torch.Size(shape).numel() for shape in shapes.values()]
+    order = torch.randperm(sum(numels), generator=torch.Generator().manual_seed(1))
+    dense = torch.zeros(sum(numels), dtype=torch.bool)
+    dense[order[: round(density * sum(numels))]] = True
+    pieces = dense.split(numels)
+    return lota.Mask.from_dense({n: p.view(s) for (n, s), p in zip(shapes.items(), pieces, strict=True)})
+
+
+SENT_BY = {"all_gather": "weights", "reduce_scatter": "gradients", "all_to_all": "gradients"}
+
+
+def compare(result: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """(planned, counted) bytes: held, and sent by each kind of collective that the plan or the run used."""
+    planned: plan.MethodPlan = result["planned"]
+    pairs = {"held": (planned.held + sum(planned.host.values()), result["held"])}
+    for kind in ("all_gather", "reduce_scatter", "all_to_all", "all_reduce"):
+        pair = (planned.payload(kind), result["payload"].get(kind, 0))
+        # norms and flags are all-reduced too: some bytes for every tensor
+        if max(pair) > 8192:
+            pairs[f"sent, {kind}"] = pair
+    return pairs
