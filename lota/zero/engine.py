@@ -10,6 +10,7 @@ complete gradients, the ends of backwards and steps to `SparseTraining` or to sc
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload, stage3
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import log_dist
 from packaging.version import Version
 from torch import Tensor
 
@@ -124,6 +126,13 @@ class LotaEngine(DeepSpeedEngine):
             self.run.prepare(kwargs["model"], config)
         super().__init__(*args, **kwargs)
         self._is_destroyed = False
+        if self.is_lota and super().zero_gather_16bit_weights_on_model_save():
+            log_dist(
+                "lota: stage3_gather_16bit_weights_on_model_save is off inside a lota block, so checkpoints hold no "
+                "dense weights; save the ticket, and apply it to the base for a whole model",
+                ranks=[0],
+                level=logging.WARNING,
+            )
         if self.is_lota:
             self.run.built(self)
             _ENGINES[self.module] = weakref.ref(self)

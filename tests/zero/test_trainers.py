@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lota
 from tests.zero import trainers
@@ -46,3 +47,22 @@ def test_trainer(ranks, base, kind, score, checkpointing, shards):
         positions = mask.indices(name)
         assert torch.equal(ticket.values(name), first["after"][name].flatten()[positions])
         assert torch.equal(ticket.base_values(name), first["before"][name].flatten()[positions])
+
+
+def test_checkpoints_of_a_plain_trainer(ranks, base):
+    mask = lota.Mask.from_dense(
+        {
+            name: torch.rand(tensor.shape, generator=torch.Generator().manual_seed(1)) < 0.1
+            for name, tensor in load_file(base / "model.safetensors").items()
+            if "mlp" in name
+        }
+    )
+    for result in ranks(2).run(trainers.stop_and_go_on, str(base), mask):
+        weights = result["weights"]
+        assert all(torch.equal(tensor, weights["resumed"][name]) for name, tensor in weights["straight"].items())
+        # No dense weights, whatever the configuration asks for.
+        assert not {name for name in result["names"] if name.endswith(("model.safetensors", "model.bin"))}
+        assert "checkpoint-2/global_step2/checkpoint.json" in result["names"]
+        assert result["eval"][0] > result["eval"][1] and result["best"].endswith("checkpoint-2")
+        for name, tensor in weights["at step 2 of best"].items():
+            assert torch.equal(tensor, weights["best"][name]), name

@@ -103,15 +103,15 @@ def _settings(folder: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def _trainer(kind: str, folder: Path, steps: int, checkpointing: str | None) -> Any:
-    """A trainer with a freshly loaded model, as a script would build it."""
+def _trainer(kind: str, folder: Path, steps: int, checkpointing: str | None, **changes: Any) -> Any:
+    """A trainer with a freshly loaded model, as a script would build it. changes: of its arguments."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    settings = _settings(folder, steps)
+    settings = _settings(folder, steps) | changes
     settings["gradient_checkpointing"] = checkpointing is not None
     if checkpointing:
         settings["gradient_checkpointing_kwargs"] = {"use_reentrant": checkpointing == "reentrant"}
@@ -119,7 +119,8 @@ def _trainer(kind: str, folder: Path, steps: int, checkpointing: str | None) -> 
         arguments = TrainingArguments(**settings)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         ids = [tokenizer(row["prompt"] + row["completion"])["input_ids"] for row in rows]
-        return Trainer(model, arguments, train_dataset=[{"input_ids": i, "labels": i} for i in ids])
+        examples = [{"input_ids": i, "labels": i} for i in ids]
+        return Trainer(model, arguments, train_dataset=examples, eval_dataset=examples[:8])
     if kind == "sft":
         arguments = SFTConfig(**settings, max_length=32)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -139,6 +140,40 @@ def _forget(trainer: Any) -> None:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()
+
+
+def stop_and_go_on(folder: str, mask: lota.Mask) -> dict[str, Any]:
+    """transformers' Trainer in a block: four steps with checkpoints, then the last two again from the second; and the
+    weights of the best checkpoint, by a metric that makes it the second."""
+    from tests.zero.cases import gathered
+
+    base = Path(folder)
+    config = _deepspeed_config()
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    weights, names = {}, set()
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
+    for run_name, resume, extra in (("straight", None, {}), ("resumed", "checkpoint-2", {}), ("best", None, best)):
+        output = base / ("best" if extra else "checkpoints")
+        saving = {"save_strategy": "steps", "save_steps": 2, "output_dir": str(output), "deepspeed": config}
+        trainer = _trainer("trainer", base, 4, None, **saving, **extra)
+        with lota.sparse_zero3(mask) as run:
+            trainer.train(str(output / resume) if resume else None)
+            weights[run_name] = gathered(run.engine.module)
+            learning_rate = trainer.optimizer.param_groups[0]["lr"]
+            history = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+            chosen = trainer.state.best_model_checkpoint
+        run.release()
+        _forget(trainer)
+        if run_name == "straight":
+            names = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+    trainer = _trainer("trainer", base, 4, None, output_dir=str(base / "best"))
+    with lota.sparse_zero3(mask) as run:
+        trainer.train()
+        run.engine.load_checkpoint(str(base / "best" / "checkpoint-2"))
+        weights["at step 2 of best"] = gathered(run.engine.module)
+    run.release()
+    _forget(trainer)
+    return {"weights": weights, "names": names, "learning_rate": learning_rate, "eval": history, "best": chosen}
 
 
 def calibrate_and_train(
