@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lota.ticket import BaseTensor
 from lota.zero import engine as engines
+from lota.zero import weights
 from lota.zero.dense_state import DenseState
 from lota.zero.frozen import Freeze
 from lota.zero.groups import make_groups
@@ -41,8 +42,8 @@ class CalibrationRun(BlockRun):
 
     def prepare(self, model: torch.nn.Module, config: Any) -> None:
         self._claim()
-        engines.check_world_sharded(model)
-        shapes = engines.shapes(model)
+        weights.check_world_sharded(model)
+        shapes = weights.shapes(model)
         trainable = {name for name, param in model.named_parameters() if param.requires_grad}
         self.names = tuple(self._eligible({name: shape for name, shape in shapes.items() if name in trainable}))
         self.shapes = {name: shapes[name] for name in self.names}
@@ -57,7 +58,7 @@ class CalibrationRun(BlockRun):
         reduction = self.groups.reduction
         return [
             piece_of(part.name, part.numel, part.data, reduction.shard_rank, reduction.shard_size)
-            for part in engines.partitions(model)
+            for part in weights.partitions(model)
             if part.name in self.shapes
         ]
 

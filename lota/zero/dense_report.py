@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lota.zero.engine import partitions
+from lota.zero.weights import partitions
 
 
 def dense_report(engine: Any, num_micro_steps: int) -> dict[str, Any]:

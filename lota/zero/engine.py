@@ -1,6 +1,6 @@
 """DeepSpeed's engine and ZeRO-3 optimizer, subclassed.
 
-With `dense_state.py` the only file with DeepSpeed's private names.
+With `weights.py` and `dense_state.py` the only file with DeepSpeed's private names.
 
 `deepspeed.initialize` looks `DeepSpeedEngine` up in its module when it is called, and the engine imports the ZeRO-3
 class when it builds its optimizer: for the length of a block both are replaced by the subclasses below. They forward
@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn, Protocol
 
 import deepspeed
@@ -29,8 +28,9 @@ from deepspeed.utils import log_dist
 from packaging.version import Version
 from torch import Tensor
 
-from lota.zero.sparse import SparseTraining, TensorGroup
+from lota.zero.sparse import SparseTraining
 from lota.zero.supported import check_config, check_optimizer_class
+from lota.zero.weights import regroup, shard_over_world
 
 TESTED = "0.19"
 FIRST_TESTED = Version("0.19.8")
@@ -161,8 +161,8 @@ class LotaEngine(DeepSpeedEngine):
             )
         group = self.run.weight_group()
         if group is not None:
-            _convert_to_zero_parameters(self.module, self)
-            _regroup(self.module, group)
+            shard_over_world(self.module, self)
+            regroup(self.module, group)
         if self.optimizer_class is None:
             return super()._configure_zero_optimizer(optimizer)
         # superoffload derives a class from ZeRO-3's when it is first imported: that must have happened before the swap.
@@ -407,93 +407,3 @@ def let_go(engine: Any) -> None:
             cell.cell_contents.cache_clear()
     for hook in getattr(engine.optimizer, "_grad_acc_hooks", ()):
         hook.remove()
-
-
-def trainable_groups(optimizer: Any) -> list[TensorGroup]:
-    """The tensors that a ZeRO-3 optimizer under construction trains, as they stand in its flat buffers."""
-    return [
-        TensorGroup(
-            tuple(optimizer.param_names[param] for param in params),
-            tuple(param.ds_numel for param in params),
-            flat,
-            optimizer.sub_group_to_group_id[index],
-        )
-        for index, (params, flat) in enumerate(
-            zip(optimizer.fp16_groups, optimizer.fp16_partitioned_groups_flat, strict=True)
-        )
-    ]
-
-
-def partitions(model: torch.nn.Module) -> Iterator[SimpleNamespace]:
-    """Every parameter under ZeRO-3: name, shape, dtype, numel, this rank's padded piece `data`, and its group."""
-    for name, param in _zero_parameters(model):
-        yield SimpleNamespace(
-            name=name,
-            shape=tuple(param.ds_shape),
-            dtype=param.dtype,
-            numel=param.ds_numel,
-            data=param.ds_tensor.data,
-            group=param.ds_process_group,
-        )
-
-
-def _zero_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Named parameters with the attributes that `zero.Init` gives them."""
-    yield from model.named_parameters()
-
-
-def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Full shape of every parameter, sharded or not."""
-    return {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in model.named_parameters()}
-
-
-def _regroup(model: torch.nn.Module, group: Any) -> None:
-    """Reshard every parameter over the ranks of `group`, one tensor at a time; bits are kept. Collective over the
-    world.
-
-    Models that transformers loads are sharded over the world, because `zero.Init` cannot load them into several groups.
-    """
-    world = deepspeed.comm.get_world_group()
-    for name, param in _zero_parameters(model):
-        if param.ds_process_group != world:
-            raise ValueError(
-                f"{name} is already sharded over a group of its own; load the model without data_parallel_group "
-                "and pass "
-                "shard_group_size"
-            )
-        param.all_gather()
-        param.ds_process_group = group
-        param.ds_zero_partition_rank = deepspeed.comm.get_rank(group=group)
-        param.ds_zero_partition_world_size = deepspeed.comm.get_world_size(group=group)
-        param.ds_tensor = None
-        param.partition()
-
-
-def check_world_sharded(model: torch.nn.Module) -> None:
-    """ValueError for a parameter sharded over a smaller group: DeepSpeed's own reduction would let replicas diverge."""
-    world = deepspeed.comm.get_world_group()
-    for name, param in model.named_parameters():
-        if getattr(param, "ds_process_group", world) != world:
-            raise ValueError(
-                f"{name} is sharded over a group of its own; calibration needs weights sharded over all ranks: "
-                "load the model "
-                "without data_parallel_group"
-            )
-
-
-def _convert_to_zero_parameters(model: torch.nn.Module, engine: Any) -> None:
-    """Shard what is not sharded yet over the world, exactly as ZeRO-3 would do a moment later."""
-    parameters: list[Any] = list(model.parameters())
-    plain = [param for param in parameters if not hasattr(param, "ds_id")]
-    if plain and len(plain) == len(parameters):
-        offload = engine.zero_offload_param()
-        device = None if offload is None else offload.device
-        deepspeed.zero.Init(
-            module=model,
-            config_dict_or_path=engine.config,
-            dtype=parameters[0].dtype,
-            remote_device=device,
-            pin_memory=bool(offload and offload.pin_memory),
-        )
-    elif plain:
-        next(param for param in parameters if hasattr(param, "ds_id")).convert_to_zero_parameters(param_list=plain)

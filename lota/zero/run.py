@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 
 from lota.ticket import BaseTensor
 from lota.zero import engine as engines
-from lota.zero import resume
+from lota.zero import resume, weights
 from lota.zero.base import fingerprints
 from lota.zero.frozen import Freeze
 from lota.zero.groups import BlockGroups
@@ -128,7 +128,7 @@ class BlockRun:
     ) -> dict[str, BaseTensor]:
         reduction = self.groups.reduction
         return fingerprints(
-            engines.partitions(model),
+            weights.partitions(model),
             size=reduction.shard_size,
             rank=reduction.shard_rank,
             group=reduction.shard,
@@ -138,7 +138,7 @@ class BlockRun:
 
     def _check_optimizer_holds(self, names: Iterable[str], optimizer: Any, what: str) -> None:
         """ValueError where a tensor that takes part is not one of the optimizer's."""
-        held = {name for group in engines.trainable_groups(optimizer) for name in group.names}
+        held = {name for group in weights.trainable_groups(optimizer) for name in group.names}
         missing = [name for name in names if name not in held]
         if missing:
             more = f" and {len(missing) - 1} more tensors" if missing[1:] else ""
@@ -162,4 +162,4 @@ class BlockRun:
         gc.collect()  # model, engine and dense states are one cycle: where nobody uses them any more, they go here
 
     def _weights_bytes(self) -> int:
-        return sum(part.data.nbytes for part in engines.partitions(self._need_engine("report").module))
+        return sum(part.data.nbytes for part in weights.partitions(self._need_engine("report").module))

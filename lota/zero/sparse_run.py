@@ -17,6 +17,7 @@ from lota import plan
 from lota.kernels import backend_name
 from lota.ticket import Mask
 from lota.zero import engine as engines
+from lota.zero import weights
 from lota.zero.base import differing, dtype_name, replicas_agree
 from lota.zero.delivery import base_put_back, deliver
 from lota.zero.frozen import Freeze
@@ -53,7 +54,7 @@ class SparseRun(BlockRun):
         self._claim()
         size = check_shard_group_size(self._shard_group_size, dist.get_world_size())
         parameters = dict(model.named_parameters())
-        shapes = engines.shapes(model)
+        shapes = weights.shapes(model)
         _check_same_on_all_ranks(self.mask.digest, self.device)
         for name in self.mask.names:
             if name not in shapes:
@@ -75,7 +76,7 @@ class SparseRun(BlockRun):
         self._groups = make_groups(size)
 
     def build(self, optimizer: Any, engine: Any) -> SparseTraining:
-        tensor_groups = engines.trainable_groups(optimizer)
+        tensor_groups = weights.trainable_groups(optimizer)
         self._check_optimizer_holds(
             (name for name in self.mask.names if self.mask.active(name)), optimizer, "the mask trains"
         )
@@ -114,8 +115,8 @@ class SparseRun(BlockRun):
         layout = replace(self._plan_layout(optimizer, engine), offload_param=is_offloaded)
 
         def plan_of(kind: str) -> plan.MethodPlan:
-            item_bytes = max(part.data.element_size() for part in engines.partitions(engine.module))
-            model = plan.ModelShapes("", engines.shapes(engine.module), 0, item_bytes)
+            item_bytes = max(part.data.element_size() for part in weights.partitions(engine.module))
+            model = plan.ModelShapes("", weights.shapes(engine.module), 0, item_bytes)
             return plan.lota(model, layout, mask_counts(self.mask, layout.shard_size), reduction=kind)
 
         self._gradient_reduction, self._reduction_reason = plan.choose_reduction(
