@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes run from the checkout, under any launcher
 
 from lota.zero.world import join_world
-from recipes import data
+from recipes import data, data_checks
 from recipes.arguments import parse, validate
 from recipes.mask_phase import calibrate, mask_facts
 from recipes.run_folder import RunFolder, rank, say, versions, world_size
@@ -29,6 +29,7 @@ def main() -> None:
     args, config = parse()
     notes = validate(args, config, mask_only=True)
     sets = data.load(args, config.seed)
+    notes += data_checks.check(sets, args, config)
     folder = RunFolder(args, config)
     for note in notes:
         say(note)

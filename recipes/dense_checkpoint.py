@@ -19,8 +19,8 @@ from lota.folder import locate
 from lota.ticket import Ticket
 from recipes import lora
 from recipes.arguments import LotaArguments
-from recipes.phases import load_tokenizer
 from recipes.run_folder import barrier, rank, say
+from recipes.tokenizer import load_tokenizer
 
 SHARD_BYTES = 4 << 30
 

@@ -38,10 +38,10 @@ from recipes.evaluation_data import evaluation_rows, reference
 from recipes.evaluation_options import DTYPES, EvaluateArguments, decoding, parse, task_settings
 from recipes.harness import Harness
 from recipes.metrics import check_references
-from recipes.phases import load_tokenizer
 from recipes.run_folder import rank, say, versions, world_size
 from recipes.scoreboard import Scoreboard
 from recipes.scoring import RowSettings, Switch, check_fit, score_rows
+from recipes.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

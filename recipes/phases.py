@@ -12,17 +12,18 @@ from dataclasses import replace
 from typing import Any
 
 import deepspeed
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset, disable_progress_bars
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, ProgressCallback, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
-from recipes import lora
-from recipes.arguments import Config, LotaArguments, PreferenceConfig, SourceArguments
+from recipes import examples, lora
+from recipes.arguments import Config, LotaArguments, PreferenceConfig
 from recipes.checkpoints import WholeCheckpoints, chosen, step_of
+from recipes.data import Sets
 from recipes.run_folder import RunFolder, rank, say, world_size
+from recipes.tokenizer import load_tokenizer
 
 
 class Phase:
@@ -33,7 +34,7 @@ class Phase:
         name: str,
         args: LotaArguments,
         config: Config,
-        data: tuple[Dataset, Dataset | None],
+        data: Sets,
         folder: RunFolder,
         **changes: Any,
     ) -> None:
@@ -70,6 +71,7 @@ class Phase:
             peft_config=lora.peft_config(args) if args.method == "lora" else None,
         )
         self.trainer.remove_callback(ProgressCallback)
+        self.folder = folder
         self.trainer.add_callback(self._log)
         if name == "calibrate":
             self.trainer.add_callback(_NoLastCheckpoint())
@@ -93,6 +95,7 @@ class Phase:
     def run(self) -> dict[str, Any]:
         """Train, evaluate where there is an evaluation set, and say what happened. Collective."""
         say(f"{self.name}: {batch_arithmetic(self.config, self.trainer.train_dataset)}")
+        self._show_examples()
         if self._checkpoint is not None:
             say(f"{self.name}: going on from {self._checkpoint}")
         started = time.monotonic()
@@ -109,6 +112,15 @@ class Phase:
             facts |= {name: value for name, value in scores.items() if name.startswith("eval_rewards/")}
         facts["seconds"] = round(time.monotonic() - started, 2)
         return facts
+
+    def _show_examples(self) -> None:
+        """What the model will see of the first rows, once a run: two on the terminal, some more in examples.txt."""
+        if self.folder.is_writer and not self.folder.has_examples:
+            tokenizer = self.trainer.processing_class
+            found = examples.first_examples(self.trainer, examples.NUM_WRITTEN)
+            for example in found[: examples.NUM_SHOWN]:
+                say(f"example of {examples.show(tokenizer, *example)}")
+            self.folder.write_examples(examples.render(tokenizer, found))
 
     def close(self) -> None:
         """Destroy the engine and drop model and optimizer, so that the next phase has the memory."""
@@ -171,14 +183,6 @@ def training_dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
-def load_tokenizer(args: SourceArguments) -> Any:
-    """The base's tokenizer; one without a padding token pads with its end-of-text token."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.model_revision)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def batch_arithmetic(config: Config, train: Dataset) -> str:
     """How many rows make a step, and how many steps there are."""
     micro, accumulation, ranks = config.per_device_train_batch_size, config.gradient_accumulation_steps, world_size()
@@ -186,21 +190,9 @@ def batch_arithmetic(config: Config, train: Dataset) -> str:
     steps = config.max_steps if config.max_steps > 0 else math.ceil(len(train) / per_step * config.num_train_epochs)
     return (
         f"{per_step} rows a step ({micro} a micro batch x {accumulation} micro steps x {ranks} ranks), about {steps} "
-        f"steps over {len(train)} rows with {num_trained_tokens(train)} trained tokens, learning rate "
+        f"steps over {len(train)} rows with {examples.num_trained_tokens(train, config.max_length)} trained tokens, learning rate "
         f"{config.learning_rate:g}"
     )
-
-
-def num_trained_tokens(train: Dataset) -> int:
-    """Tokens that count in the loss. ValueError where there is none, which would train on nothing but NaN."""
-    if "chosen_ids" in train.column_names:
-        answers = (train.data.column(name) for name in ("chosen_ids", "rejected_ids"))
-        return sum(int(pc.sum(pc.list_value_length(answer)).as_py() or 0) for answer in answers)
-    labels = train.data.column("labels").combine_chunks().flatten()
-    count = int(pc.sum(pc.not_equal(labels, -100)).as_py() or 0)
-    if count == 0:
-        raise ValueError("no token of any completion is trained: max_length cut them all away, or they are empty")
-    return count
 
 
 @contextmanager

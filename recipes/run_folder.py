@@ -25,7 +25,7 @@ from recipes.checkpoints import check_request, wants_resume
 from recipes.tracking import Tracking
 
 LEFT_BY_A_RUN = (
-    *("config.yaml", "metrics.jsonl", "summary.json", "report.png", "calibration.json"),
+    *("config.yaml", "examples.txt", "metrics.jsonl", "summary.json", "report.png", "calibration.json"),
     *("calibration", "mask", "ticket", "adapter", "merged"),
 )
 
@@ -131,6 +131,16 @@ class RunFolder:
         if self.is_writer and len(kept) < len(rows):
             _write(path, "".join(json.dumps(row) + "\n" for row in kept))
         return [row for row in kept if row["phase"] == phase]
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether examples.txt is written."""
+        return (self.path / "examples.txt").exists()
+
+    def write_examples(self, text: str) -> None:
+        """examples.txt: what the trainer sees of the first rows."""
+        if self.is_writer:
+            _write(self.path / "examples.txt", text)
 
     def add_metrics(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""

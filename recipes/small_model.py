@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes run from
 
 import sentencepiece
 import torch
-from tokenizers import normalizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from recipes.answers import collate
+from recipes.sentencepiece_model import wrap_sentencepiece
 
 UNKNOWN, BEGIN, END, PADDING = range(4)
 
@@ -51,7 +50,7 @@ Row = tuple[list[int], int]
 """Token ids, and how many of them at the start are a prompt without loss."""
 
 
-def train_tokenizer(lines: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(lines: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
     """A byte-pair SentencePiece model of `lines`, as a transformers tokenizer that gives the same ids and adds <s>."""
     file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -111,7 +110,7 @@ def pretrain(
     return model.to(torch.bfloat16)
 
 
-def save_atomically(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+def save_atomically(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """A transformers folder at `path`, by one rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     temporary.mkdir(parents=True)
@@ -122,23 +121,6 @@ def save_atomically(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def wrap_sentencepiece(model_proto: bytes) -> PreTrainedTokenizerFast:
-    """A transformers tokenizer that adds <s> to the ids of a serialized SentencePiece model.
-
-    The model must be byte-pair with byte fallback and normalize nothing, as `train_tokenizer` makes it.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "tokenizer.model").write_bytes(model_proto)
-        # Without the class named, a folder with only tokenizer.model loads as a generic tokenizer whose ids differ.
-        backend = LlamaTokenizer.from_pretrained(folder, add_bos_token=True, pad_token="<pad>").backend_tokenizer
-    # SentencePiece puts its space before every text; LlamaTokenizer leaves it out where the text begins with one.
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.pre_tokenizer = None
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
 
 
 def _main() -> None:

@@ -25,7 +25,7 @@ import torch
 import lota
 from lota.zero.dense_report import dense_report
 from lota.zero.world import join_world
-from recipes import data, dense_checkpoint, lora
+from recipes import data, data_checks, dense_checkpoint, lora
 from recipes.arguments import Config, LotaArguments, PreferenceConfig, RecipeConfig, parse, validate
 from recipes.mask_phase import calibrate, mask_facts
 from recipes.phases import Phase, timed, training_dtype
@@ -41,6 +41,7 @@ def main(config_class: type[Config] = RecipeConfig) -> None:
     notes = validate(args, config)
     say_plan(args, config)
     sets = data.load(args, config.seed, is_preference=config_class is PreferenceConfig)
+    notes += data_checks.check(sets, args, config)
     folder = RunFolder(args, config)
     for note in notes:
         say(note)

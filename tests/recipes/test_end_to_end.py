@@ -69,9 +69,9 @@ def test_the_main_job(world: Path, tmp_path: Path) -> None:
         *("train_lota.py", world, out, "--max_steps", "6", "--calibration_steps", "3"),
         *("--logging_steps", "1", "--gradient_accumulation_steps", "2", "--ticket_dtype", "float32"),
     )
-    left = ["calibration.json", "config.yaml", "mask", "merged", "metrics.jsonl"]
-    left += ["report.png", "summary.json", "ticket"]
-    assert sorted(p.name for p in out.iterdir()) == left
+    left = {"calibration.json", "config.yaml", "examples.txt", "mask", "merged", "metrics.jsonl"}
+    left |= {"report.png", "summary.json", "ticket"}
+    assert {path.name for path in out.iterdir()} == left
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     card = (out / "ticket" / "README.md").read_text(encoding="utf-8")
     assert f"| evaluation loss after | {summary['training']['eval_loss']:.6g} |" in card
