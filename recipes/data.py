@@ -98,13 +98,12 @@ def _first(files: Files, skip_empty: bool) -> Row:
 def _build(source: Source, which: str, form: Form) -> Dataset:
     """The columns of all rows, in a file of the cache of `datasets`; the first rank there writes it."""
     files = _files(source, which)
-    times = [Path(path).stat().st_mtime_ns for path in files[1:]] if files[0] == "file" else []
     try:
         # `datasets` knows a function by its name only, so files and code are named in what it hashes.
         return Dataset.from_generator(
             _generate,
             features=form.features,
-            gen_kwargs={"files": files, "form": form, "times": times, "code": _code_digest()},
+            gen_kwargs={"files": files, "form": form, "state": _state(files), "code": _code_digest()},
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):
@@ -116,7 +115,7 @@ def _build(source: Source, which: str, form: Form) -> Dataset:
         raise
 
 
-def _generate(files: Files, form: Form, times: list[int], code: str) -> Iterator[dict[str, Any]]:
+def _generate(files: Files, form: Form, state: str, code: str) -> Iterator[dict[str, Any]]:
     num_skipped = 0
     for place, row in _rows(files):
         if form.skip_empty and form.is_empty(row):
@@ -125,6 +124,18 @@ def _generate(files: Files, form: Form, times: list[int], code: str) -> Iterator
             yield data_forms.columns(row, form, place)
     if num_skipped:
         say(f"data: {num_skipped} rows of {', '.join(files[1:])} left out, because a field of theirs is empty")
+
+
+def _state(files: Files) -> str:
+    """Changes when the rows may have: times and sizes of local files; on the hub the commit, part of the cache's path.
+
+    A text, because `from_generator` takes a list for shards and calls once for each of its items.
+    """
+    kind, *where = files
+    if kind == "file":
+        return str([(status.st_mtime_ns, status.st_size) for status in (Path(path).stat() for path in where)])
+    name, config, split = where
+    return str([entry["filename"] for entry in data_files.hub_set(name, config or None, split).cache_files])
 
 
 def _code_digest() -> str:

@@ -47,15 +47,19 @@ def file_rows(path: Path) -> Iterator[Row]:
 
 
 def hub_rows(name: str, config: str | None, split: str) -> Iterator[Row]:
-    """The rows of a split of a data set on the hub, which is downloaded or found where it was cached."""
+    """The rows of a split of a data set on the hub."""
+    for number, row in enumerate(hub_set(name, config, split), start=1):
+        yield f"{name} ({split}), row {number}", row
+
+
+def hub_set(name: str, config: str | None, split: str) -> Dataset:
+    """A split of a data set on the hub, downloaded or found where it was cached."""
     try:
-        rows = load_dataset(name, config, split=split)
+        return load_dataset(name, config, split=split)
     except OSError as error:  # no network, no such data set, no permission: all are of this family
         raise ValueError(
             f"dataset_name {name!r} cannot be loaded: {error}. Give its name on the hub, or local files as train_file"
         ) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{name} ({split}), row {number}", row
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
