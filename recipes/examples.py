@@ -84,7 +84,7 @@ def marked(tokenizer: Any, ids: Sequence[int], trained: Sequence[bool]) -> str:
 
 def pieces(tokenizer: Any, ids: Sequence[int], trained: Sequence[bool]) -> str:
     """One token after the other, trained ones between ⟦ and ⟧."""
-    names = tokenizer.convert_ids_to_tokens(list(ids))
+    names = [name.replace("\n", "\\n") for name in tokenizer.convert_ids_to_tokens(list(ids))]
     return " ".join(f"{OPEN}{name}{CLOSE}" if is_trained else name for name, is_trained in zip(names, trained))
 
 

@@ -72,6 +72,7 @@ class Phase:
         )
         self.trainer.remove_callback(ProgressCallback)
         self.folder = folder
+        self._num_dropped = 0 if getattr(self.config, "packing", False) else len(train) - len(self.prepared)
         self.trainer.add_callback(self._log)
         if name == "calibrate":
             self.trainer.add_callback(_NoLastCheckpoint())
@@ -95,6 +96,8 @@ class Phase:
     def run(self) -> dict[str, Any]:
         """Train, evaluate where there is an evaluation set, and say what happened. Collective."""
         say(f"{self.name}: {batch_arithmetic(self.config, self.trainer.train_dataset)}")
+        if self._num_dropped:
+            say(f"{self.name}: {self._num_dropped} rows dropped, of whose answers max_length leaves nothing")
         self._show_examples()
         if self._checkpoint is not None:
             say(f"{self.name}: going on from {self._checkpoint}")
@@ -188,9 +191,10 @@ def batch_arithmetic(config: Config, train: Dataset) -> str:
     micro, accumulation, ranks = config.per_device_train_batch_size, config.gradient_accumulation_steps, world_size()
     per_step = micro * accumulation * ranks
     steps = config.max_steps if config.max_steps > 0 else math.ceil(len(train) / per_step * config.num_train_epochs)
+    num_trained = examples.num_trained_tokens(train, config.max_length)
     return (
         f"{per_step} rows a step ({micro} a micro batch x {accumulation} micro steps x {ranks} ranks), about {steps} "
-        f"steps over {len(train)} rows with {examples.num_trained_tokens(train, config.max_length)} trained tokens, learning rate "
+        f"steps over {len(train)} rows with {num_trained} trained tokens, learning rate "
         f"{config.learning_rate:g}"
     )
 

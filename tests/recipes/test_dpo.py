@@ -53,6 +53,9 @@ def test_a_ticket_with_a_reference_and_with_its_answers_computed_beforehand(rank
     assert summary["training"]["eval_loss"] < summary["training"]["eval_loss_before"]
     assert summary["training"]["eval_rewards/accuracies"] > 0.5
 
+    # Of a row both answers are shown, the better one first.
+    assert (output / "examples.txt").read_text(encoding="utf-8").count("of them trained") == 2 * 8
+
     ticket = Ticket.load(output / "ticket")
     assert ticket.num_active == round(0.1 * ticket.mask.eligible) and ticket.num_changed > 0
     before, after = load_file(base / "model.safetensors"), load_file(output / "merged" / "model.safetensors")
