@@ -52,6 +52,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=0, help="default 15, on a GPU 50")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", default="", help="time operations whose name begins so, beside torch's fused AdamW")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/kernels.csv"))
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -64,7 +65,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for numel in options.numel or ([50_000_000] if is_cpu else [LAYER, PARTITION]):
         count = options.rounds or (15 if is_cpu else 50)
-        for row in measure(numel, count, device):
+        for row in measure(numel, count, device, options.only):
             rows.append(row | where)
             _show(row)
     write_csv(options.out, rows)
@@ -73,13 +74,15 @@ def main() -> int:
     return 0
 
 
-def measure(numel: int, count: int, device: torch.device) -> Iterator[dict[str, Any]]:
+def measure(numel: int, count: int, device: torch.device, only: str) -> Iterator[dict[str, Any]]:
     source = torch.ones(COPIED // 4, device=device)
     dense = {"copy": partial(torch.empty_like(source).copy_, source), **dict(dense_steps(numel, device))}
     for density in DENSITIES:
         case = Case(numel, density, device)
         case.check()
-        took = rounds({**dense, **case.calls()}, count, device)
+        kept = ("copy", "dense torch.optim.AdamW(fused)")
+        calls = {name: call for name, call in {**dense, **case.calls()}.items() if name.startswith((only, *kept))}
+        took = rounds(calls, count, device)
         base = min(took["dense torch.optim.AdamW(fused)"])
         bandwidth = 2 * COPIED / min(took["copy"])
         for name, values in took.items():
