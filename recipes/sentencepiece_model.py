@@ -7,6 +7,7 @@ one. Names of special tokens are found in a text, as by every tokenizer of trans
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,16 @@ class SentencePieceTokenizer(SentencePieceBackend):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return str(self.sp_model.decode_pieces(tokens))
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> tuple[str, ...]:
+        """tokenizer.model and what was said of it, without the name of this class, which transformers does not know."""
+        files: tuple[str, ...] = super().save_pretrained(save_directory, **options)
+        path = Path(save_directory, "tokenizer_config.json")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("tokenizer_class", "backend", "sp_model_kwargs", "added_tokens_decoder"):
+            content.pop(name, None)
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        return files
 
 
 def _exact(model_proto: bytes, begin: list[str], end: list[str], options: dict[str, Any]) -> PreTrainedTokenizerBase:

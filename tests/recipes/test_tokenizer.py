@@ -107,6 +107,16 @@ def test_what_the_config_says_of_the_tokenizer_is_kept(tmp_path: Path) -> None:
     assert ids == [1, *reference.encode("the"), size]
 
 
+def test_the_exact_kind_is_saved_as_it_came(tmp_path: Path) -> None:
+    args = folder_with(tmp_path, trained("unigram", "nmt_nfkc"), chat_template="{{ x }}")
+    tokenizer = load_tokenizer(args)
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(args)
+    assert type(again) is type(tokenizer) and again.chat_template == "{{ x }}"
+    assert again(" the  other")["input_ids"] == tokenizer(" the  other")["input_ids"]
+    AutoTokenizer.from_pretrained(tmp_path)  # loads, with ids of its own
+
+
 def test_the_exact_kind_survives_pickling(tmp_path: Path) -> None:
     import pickle
 
