@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,9 +14,9 @@ from trl import DPOConfig, SFTConfig, TrlParser
 
 from lota.selection import validate_budget, validate_density
 from lota.ticket import Mask
+from recipes import deepspeed_options
 from recipes.data_arguments import DataArguments, did_you_mean
 
-DS_CONFIG_PATH = Path(__file__).resolve().parents[1] / "ds_configs" / "zero3.json"
 METHODS = ("lota", "full", "lora")
 SCORES = ("task_vector", "gradient", "fisher", "snip", "magnitude", "random")
 GRADIENT_SCORES = ("gradient", "fisher", "snip")
@@ -80,12 +79,14 @@ class _Defaults:
     """What the recipes set otherwise than TRL: ZeRO-3, and CPU ranks where there is no GPU."""
 
     deepspeed: dict[str, Any] | str | None = field(
-        default=str(DS_CONFIG_PATH), metadata={"help": "DeepSpeed JSON file (ds_configs/zero3.json)."}
+        default=str(deepspeed_options.DS_CONFIG_PATH),
+        metadata={"help": "DeepSpeed JSON file (ds_configs/zero3.json, or what accelerate launch brings)."},
     )
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        self.deepspeed = deepspeed_options.choose(self.deepspeed)
         super().__post_init__()  # type: ignore[misc]
 
 
@@ -157,8 +158,8 @@ def validate(
         raise ValueError(
             f"save_strategy is 'no', so {', '.join(sorted(idle))} would be ignored: add --save_strategy steps"
         )
-    _check_stage(config)
     _choice("method", args.method, METHODS)
+    deepspeed_options.check(config, is_sparse=args.method == "lota" and not mask_only)
     if args.ticket_dtype not in (None, "float32"):
         raise ValueError(f"ticket_dtype must be float32 or left out (the weights' own), got {args.ticket_dtype!r}")
     if args.method != "lora":
@@ -225,21 +226,6 @@ def _fill_calibration(args: LotaArguments, config: Config, unused: _Unused) -> N
         args.calibration_learning_rate = config.learning_rate / 10
     if args.calibration_learning_rate is not None and not args.calibration_learning_rate > 0:
         raise ValueError(f"calibration_learning_rate must be above 0, got {args.calibration_learning_rate}")
-
-
-def _check_stage(config: Config) -> None:
-    """The seams need ZeRO-3; what they refuse besides, they name themselves when the engine is built."""
-    if not config.deepspeed:
-        raise ValueError("deepspeed must name a ZeRO-3 JSON file such as ds_configs/zero3.json")
-    content: Any = config.deepspeed
-    if isinstance(content, str):
-        content = json.loads(Path(content).read_text(encoding="utf-8"))
-    stage = content.get("zero_optimization", {}).get("stage", 0)
-    if stage != 3:
-        raise ValueError(
-            f"zero_optimization.stage must be 3, got {stage}. To keep all weights on every rank, as the other "
-            "stages do, set stage 3 and shard_group_size: 1"
-        )
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:

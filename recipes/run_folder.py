@@ -157,6 +157,8 @@ def resolved(args: LotaArguments, config: Config) -> dict[str, Any]:
         value = getattr(value, "value", value)
         if name in _ALWAYS_WRITTEN or (entry.init and _is_plain(value) and value != entry.default):
             options[name] = value
+    if options.get("deepspeed", "") is None:
+        del options["deepspeed"]  # accelerate's, which the launch brings again
     for name in _FILLED_IN:
         options.pop(name, None)
     return yaml.safe_load(yaml.safe_dump(options))

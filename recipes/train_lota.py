@@ -25,7 +25,7 @@ import torch
 import lota
 from lota.zero.dense_report import dense_report
 from lota.zero.world import join_world
-from recipes import data, data_checks, dense_checkpoint, lora
+from recipes import data, data_checks, deepspeed_options, dense_checkpoint, lora
 from recipes.arguments import Config, LotaArguments, PreferenceConfig, RecipeConfig, parse, validate
 from recipes.mask_phase import calibrate, mask_facts
 from recipes.phases import Phase, timed, training_dtype
@@ -102,6 +102,9 @@ def train_ticket(
     summary: dict[str, Any],
 ) -> None:
     """Rewind, train the active entries, and write the ticket; what was seen goes into `summary`. Collective."""
+    changes, notes = deepspeed_options.for_sparse_training(config)
+    for note in notes:
+        say(note)
     with (
         timed(seconds, "training"),
         lota.sparse_zero3(
@@ -111,7 +114,7 @@ def train_ticket(
             kernels=args.kernels,
         ) as run,
     ):
-        phase = Phase("train", args, config, sets, folder)
+        phase = Phase("train", args, config, sets, folder, **changes)
         facts = phase.run()
     report = run.report()
     summary["training"] = facts | {"report": report}

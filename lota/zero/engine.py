@@ -20,6 +20,7 @@ from typing import Any, NoReturn, Protocol
 import deepspeed
 import deepspeed.comm
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload, stage3
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -178,6 +179,16 @@ class LotaEngine(DeepSpeedEngine):
             return super()._configure_zero_optimizer(optimizer)
         finally:
             stage3.DeepSpeedZeroOptimizer_Stage3 = DeepSpeedZeroOptimizer_Stage3
+
+    def get_optimizer_configuration(
+        self, optimizer_parameters: dict[str, Any], adam_w_mode: bool, allow_legacy_fallback: bool = False
+    ) -> Any:
+        """The Adam of an `optimizer` section: torch's where it never steps itself, and on CPUs, where DeepSpeed's
+        would first be compiled. An offloaded optimizer stays DeepSpeed's."""
+        never_steps = self.optimizer_class is not None or get_accelerator().device_name() == "cpu"
+        if self.is_lota and never_steps and not self.zero_use_cpu_optimizer():
+            optimizer_parameters["torch_adam"] = True
+        return super().get_optimizer_configuration(optimizer_parameters, adam_w_mode, allow_legacy_fallback)
 
     def coalesce_grad_reduction(self) -> Any:
         if not self.is_lota or self.optimizer_class is None:

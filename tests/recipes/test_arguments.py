@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lota.ticket import Mask
-from recipes.arguments import DS_CONFIG_PATH, LotaArguments, PreferenceConfig, RecipeConfig, parse, validate
+from recipes.arguments import LotaArguments, PreferenceConfig, RecipeConfig, parse, validate
+from recipes.deepspeed_options import DS_CONFIG_PATH
 from recipes.run_folder import RunFolder
 
 BASE = ["--model_name_or_path", "base"]
@@ -53,7 +54,7 @@ def test_defaults() -> None:
         (["--ticket_dtype", "int8"], "ticket_dtype must be"),
         (["--mask", "nowhere"], "nowhere"),
         (["--protect", "nowhere"], "nowhere"),
-        (["--deepspeed", "nowhere.json"], "existing deepspeed config"),
+        (["--deepspeed", "nowhere.json"], r"nowhere\.json cannot be read \(No such file"),
     ],
 )
 def test_refusals(argv: list[str], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 from pathlib import Path
@@ -177,7 +178,12 @@ def stop_and_go_on(folder: str, mask: lota.Mask) -> dict[str, Any]:
 
 
 def calibrate_and_train(
-    kind: str, folder: str, score: str, checkpointing: str | None = None, shard_group_size: int | None = None
+    kind: str,
+    folder: str,
+    score: str,
+    checkpointing: str | None = None,
+    shard_group_size: int | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Both blocks with a trainer; returns weights before and after, and what was saved."""
     from safetensors.torch import load_file
@@ -185,13 +191,13 @@ def calibrate_and_train(
     from tests.zero.cases import gathered
 
     base = Path(folder)
-    trainer = _trainer(kind, base, 3, checkpointing)
+    trainer = _trainer(kind, base, 3, checkpointing, **copy.deepcopy(changes))
     with lota.calibration_zero3(score=score, density=0.1) as calibration:
         trainer.train()
     mask = calibration.mask()
     _forget(trainer)
 
-    trainer = _trainer(kind, base, 3, checkpointing)
+    trainer = _trainer(kind, base, 3, checkpointing, **copy.deepcopy(changes))
     with lota.sparse_zero3(mask, shard_group_size=shard_group_size) as run:
         trainer.train()
     saved = run.save_ticket(base / f"ticket-{kind}-{score}-{shard_group_size}", {"score": score})
