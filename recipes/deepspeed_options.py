@@ -12,8 +12,12 @@ DS_CONFIG_PATH = Path(__file__).resolve().parents[1] / "ds_configs" / "zero3.jso
 
 
 def accelerate_has_one() -> bool:
-    """Whether `accelerate launch` started this process with a DeepSpeed configuration of its own."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes", "on")
+    """Whether `accelerate launch` started this process with a DeepSpeed configuration of its own.
+
+    ACCELERATE_USE_DEEPSPEED alone does not say so: every accelerator under DeepSpeed sets it, so that it stands there
+    from the first phase of a run on.
+    """
+    return "ACCELERATE_DEEPSPEED_ZERO_STAGE" in os.environ or "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ
 
 
 def choose(given: dict[str, Any] | str | None) -> dict[str, Any] | str | None:

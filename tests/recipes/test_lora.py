@@ -67,6 +67,7 @@ def _plain_script(base: str) -> dict[str, Any]:
 def test_the_baseline(ranks, base: Path) -> None:
     output = base / "recipe"
     argv = ["--method", "lora", "--lora_r", "3", "--lora_alpha", "8", "--use_rslora", "true", "--merged", "true"]
+    argv += ["--save_strategy", "no"]
     argv += ["--model_name_or_path", str(base), "--train_file", str(base / "rows.jsonl"), "--output_dir", str(output)]
     ranks(2).run(jobs.run_recipe, "train_lota", argv + [w for k, v in SETTINGS.items() for w in (f"--{k}", str(v))])
     plain = ranks(2).run(_plain_script, str(base))[0]
