@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from tests.ranks import RankPool
 
@@ -28,7 +29,10 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Triton's tests need an accelerator, except in a process whose Triton is the interpreter."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        for item in items:
-            if "triton" in item.keywords and item.get_closest_marker("triton"):
-                item.add_marker(pytest.mark.gpu)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    without_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+    for item in items:
+        if "triton" in item.keywords and item.get_closest_marker("triton"):
+            item.add_marker(pytest.mark.gpu)
+            item.add_marker(without_gpu)

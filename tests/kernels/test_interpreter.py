@@ -1,4 +1,7 @@
-"""All kernel tests pass on Triton's interpreter, in a process of its own: Triton reads its flag when it is imported."""
+"""All kernel tests pass on Triton's interpreter, in a process of its own: Triton reads its flag when it is imported.
+
+Without a GPU and the interpreter they are skipped.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,3 +30,14 @@ def test_kernels_under_the_interpreter(tmp_path):
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed and int(passed[1]) > 150 and "skipped" not in run.stdout, run.stdout[-500:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter's process")
+def test_without_a_gpu_its_tests_are_skipped_with_a_reason():
+    """What `make test-gpu` says on such a machine: no error, and no silent success."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider"]
+    files = ["tests/kernels/test_ops.py", "tests/kernels/test_gpu.py"]
+    run = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
+    assert "torch sees no GPU" in run.stdout and re.search(r"^\d+ skipped, \d+ deselected", run.stdout, re.MULTILINE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from lota.kernels import (
     scatter_add_,
     squared_norm,
 )
+from lota.ticket.codec import decode, encode
 
 COUNTS = [0, 1, TILE - 1, TILE, TILE + 1, 70_000]
 GUARD = 16
@@ -90,6 +92,80 @@ def test_index_bytes():
 def test_index_refuses(positions, message):
     with pytest.raises(ValueError, match=message):
         TileIndex.from_flat(torch.tensor(positions), 9)
+
+
+def test_the_range_check_can_be_switched_off_and_no_other():
+    """The tensor's own length must fit all the same."""
+    index = TileIndex.from_flat(torch.tensor([-1, 2, 9]), 9, check_range=False)
+    assert index.positions().tolist() == [-1, 2, 9] and index.numel == 9
+    words = torch.tensor([-(2**31)], dtype=torch.int32)
+    assert TileIndex.from_words(words, 31, check_range=False).positions().tolist() == [31]
+    for positions, message in (
+        ([3, 3], "ascend"),
+        ([3, 2], "ascend"),
+        ([[1]], "flat int64"),
+        ([0, 2**31], "2\\*\\*31"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TileIndex.from_flat(torch.tensor(positions), 9, check_range=False)
+    pieces = [torch.tensor([1, 5]), torch.tensor([5])]
+    with pytest.raises(ValueError, match="ascend"):
+        TileIndex.from_pieces(pieces, 3, 9, "cpu", check_range=False)
+    with pytest.raises(ValueError, match="expected 4 positions, got 2"):
+        TileIndex.from_pieces(pieces[:1], 4, 9, "cpu", check_range=False)
+    with pytest.raises(ValueError, match="8 elements, its index describes 9"):
+        scatter_(torch.zeros(8), index, torch.zeros(3))
+
+
+def _same(one: TileIndex, other: TileIndex) -> bool:
+    numbers = one.numel == other.numel and one.num_active == other.num_active
+    return numbers and torch.equal(one.base, other.base) and torch.equal(one.offset, other.offset)
+
+
+@pytest.mark.parametrize("numel", [0, 1, 31, 32, 33, 5000, 1_100_000])
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.6, 1.0])
+def test_index_from_bit_words(density, numel):
+    """And from the bytes of a ticket's bit map. Above 1,048,576 positions words are spread out in two pieces."""
+    mask = torch.rand(numel, generator=torch.Generator().manual_seed(0)) < density
+    positions = mask.nonzero().flatten()
+    bytes_ = np.packbits(mask.numpy(), bitorder="little")
+    words = torch.from_numpy(np.pad(bytes_, (0, -len(bytes_) % 4)).view(np.int32))
+    assert _same(TileIndex.from_words(words, numel), TileIndex.from_flat(positions, numel))
+    encoded = encode(positions, numel)
+    assert _same(TileIndex.from_flat(decode(encoded), numel), TileIndex.from_flat(positions, numel))
+    if encoded.codec == "bitmap":
+        viewed = torch.nn.functional.pad(encoded.data, (0, -encoded.data.numel() % 4)).view(torch.int32)
+        assert torch.equal(viewed, words)
+
+
+def test_index_from_words_refuses():
+    with pytest.raises(ValueError, match=r"int32 of shape \(2,\) for 33 elements, got torch.int32 of shape \(1,\)"):
+        TileIndex.from_words(torch.zeros(1, dtype=torch.int32), 33)
+    with pytest.raises(ValueError, match=r"got torch\.int64"):
+        TileIndex.from_words(torch.zeros(2, dtype=torch.int64), 33)
+    with pytest.raises(ValueError, match=r"strides \(2,\)"):
+        TileIndex.from_words(torch.zeros(4, dtype=torch.int32)[::2], 33)
+    with pytest.raises(ValueError, match="position 33 lies outside the space of 33"):
+        TileIndex.from_words(torch.tensor([0, 2], dtype=torch.int32), 33)
+
+
+@pytest.mark.parametrize("spread", [1, 3, 200])
+@pytest.mark.parametrize("num_active", [0, 1, TILE, TILE + 1, 5 * TILE + 9])
+def test_index_sliced_to_partitions(num_active, spread):
+    """Pieces that are cut inside tiles, at the first element, at active entries and behind the last, and empty ones."""
+    numel = num_active * spread + 5
+    positions = _positions(num_active, numel)
+    index = TileIndex.from_flat(positions, numel)
+    edges = [0, 0, *positions[[0, num_active // 2, -1]].tolist(), numel, numel] if num_active else [0, numel]
+    for size in (2, 3, 8, 16):
+        width = -(-numel // size)
+        edges += [min(rank * width, numel) for rank in range(size)]
+    for start, stop in itertools.pairwise(sorted(edges)):
+        inside = positions[(positions >= start) & (positions < stop)] - start
+        assert _same(index.slice(start, stop), TileIndex.from_flat(inside, stop - start)), (start, stop)
+    for start, stop in ((-1, 3), (3, 2), (0, numel + 1)):
+        with pytest.raises(ValueError, match="lie outside the index's space"):
+            index.slice(start, stop)
 
 
 def _guarded(tensor: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
