@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from trl import DPOConfig, SFTConfig, TrlParser
 
+from lota.kernels import using
+from lota.seams import GRADIENT_REDUCTIONS
 from lota.selection import validate_budget, validate_density
 from lota.ticket import Mask
 from recipes import deepspeed_options
@@ -162,13 +164,16 @@ def validate(
     deepspeed_options.check(config, is_sparse=args.method == "lota" and not mask_only)
     if args.ticket_dtype not in (None, "float32"):
         raise ValueError(f"ticket_dtype must be float32 or left out (the weights' own), got {args.ticket_dtype!r}")
+    _choice("gradient_reduction", args.gradient_reduction, GRADIENT_REDUCTIONS)
+    with using(args.kernels, config.device):
+        pass  # refused now, not after calibration
     if args.method != "lora":
         unused.drop(f"method: {args.method} has no adapter", _LORA)
     if args.method in ("full", "lora"):
         if mask_only:
             raise ValueError(f"method: {args.method} has no mask to calibrate; use method: lota")
         what = "every weight" if args.method == "full" else "an adapter"
-        unused.drop(f"method: {args.method} trains {what}", (*_CALIBRATION, "mask", "shard_group_size", "ticket_dtype"))
+        unused.drop(f"method: {args.method} trains {what}", (*_CALIBRATION, "mask", *_SPARSE))
         if args.method == "lora":
             _fill_lora(args)
     elif args.mask is not None:
@@ -178,6 +183,8 @@ def validate(
         Mask.load(args.mask)
     else:
         _fill_calibration(args, config, unused)
+    if mask_only:
+        unused.drop("the run ends with the mask", (*_SPARSE, "merged"))
     for path in args.protect or ():
         Mask.load(path)
     return unused.notes
@@ -186,6 +193,8 @@ def validate(
 _CALIBRATION = (
     "density", "budget", "score", "calibration_steps", "calibration_learning_rate", "protect", "include", "exclude",
 )  # fmt: skip
+
+_SPARSE = ("shard_group_size", "gradient_reduction", "kernels", "ticket_dtype")
 
 _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
 
@@ -240,16 +249,17 @@ class _Unused:
     def __init__(self, args: LotaArguments, argv: list[str]) -> None:
         self.args = args
         self.on_command_line = set(names_on_command_line(argv))
+        self._defaults = {entry.name: entry.default for entry in fields(args)}
         self.notes: list[str] = []
 
     def drop(self, reason: str, names: Sequence[str]) -> None:
-        given = [name for name in names if getattr(self.args, name) is not None]
+        given = [name for name in names if getattr(self.args, name) != self._defaults[name]]
         refused = [name for name in given if name in self.on_command_line]
         if refused:
             raise ValueError(
                 f"{reason}, so {', '.join(refused)} would be ignored: remove {'it' if len(refused) == 1 else 'them'}"
             )
         for name in given:
-            setattr(self.args, name, None)
+            setattr(self.args, name, self._defaults[name])
         if given:
             self.notes.append(f"{reason}; not used from the config file: {', '.join(given)}")

@@ -34,6 +34,7 @@ def base_folder(args: LotaArguments) -> Path:
 def save_applied(args: LotaArguments, dtype: torch.dtype, ticket_path: Path, path: Path) -> None:
     """Write the base, cast to `dtype`, with the ticket's values assigned. Rank 0 works, the others wait."""
     if rank() == 0:
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before its summary
         apply_to_checkpoint(base_folder(args), [Ticket.load(ticket_path)], path, dtype=dtype, say=say)
         say(f"merged model in {path}")
     barrier()
@@ -67,6 +68,7 @@ def save_sharded(engine: Any, path: Path, args: LotaArguments) -> None:
         _name_shards(temporary, shards, total)
         model.config.save_pretrained(temporary)
         load_tokenizer(args).save_pretrained(temporary)
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before its summary
         os.replace(temporary, path)
         say(f"trained model in {path}")
     barrier()

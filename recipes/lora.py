@@ -32,7 +32,7 @@ def peft_config(args: LotaArguments) -> Any:
     )
 
 
-def save_adapter(engine: Any, path: Path, base: str) -> dict[str, Any]:
+def save_adapter(engine: Any, path: Path, args: LotaArguments) -> dict[str, Any]:
     """Write the adapter of a ZeRO-3 engine, in the weights' dtype, and say how large it is. Collective."""
     engine.empty_partition_cache()
     model = engine.module
@@ -47,9 +47,11 @@ def save_adapter(engine: Any, path: Path, base: str) -> dict[str, Any]:
     if rank() == 0:
         temporary = path.with_name(f".{path.name}.partial")
         shutil.rmtree(temporary, ignore_errors=True)
-        model.peft_config["default"].base_model_name_or_path = base
+        model.peft_config["default"].base_model_name_or_path = args.model_name_or_path
+        model.peft_config["default"].revision = args.model_revision
         # Embeddings are not trained; left on "auto", PEFT asks the hub whether they were resized.
         model.save_pretrained(temporary, state_dict=tensors, save_embedding_layers=False)
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped between its adapter and its summary
         os.replace(temporary, path)
         say(f"adapter: {numel} entries, {nbytes / 2**20:.2f} MiB, in {path}")
     barrier()

@@ -220,6 +220,9 @@ class _Log(TrainerCallback):
         self.last_loss: float | None = next((row["loss"] for row in reversed(rows) if "loss" in row), None)
         self.num_micro_steps = 0
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # a checkpoint brings the intervals of the run that wrote it
+
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.num_micro_steps += 1
 

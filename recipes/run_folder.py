@@ -125,10 +125,10 @@ class RunFolder:
         """Cut from metrics.jsonl what a phase logged after `last_step`; return what it logged until then."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        rows = [json.loads(line) for line in lines]
+        rows = [row for line in lines if (row := _row(line)) is not None]
         kept = [row for row in rows if row["phase"] != phase or (row["step"] <= last_step and last_step > 0)]
         barrier()  # no rank reads after the first has written
-        if self.is_writer and len(kept) < len(rows):
+        if self.is_writer and len(kept) < len(lines):
             _write(path, "".join(json.dumps(row) + "\n" for row in kept))
         return [row for row in kept if row["phase"] == phase]
 
@@ -161,20 +161,26 @@ def resolved(args: LotaArguments, config: Config) -> dict[str, Any]:
         del options["deepspeed"]  # accelerate's, which the launch brings again
     for name in _FILLED_IN:
         options.pop(name, None)
+    for name in _EMPTIED:
+        if not options.get(name):
+            options.pop(name, None)
     return yaml.safe_load(yaml.safe_dump(options))
 
 
 # What a run may be resumed with another value of: nothing that trained weights depend on.
 _MAY_CHANGE = {
     *("resume_from_checkpoint", "output_dir", "save_strategy", "save_steps", "save_total_limit", "merged", "run_name"),
-    *("logging_steps", "logging_strategy", "logging_first_step", "dataloader_num_workers", "kernels"),
+    *("logging_steps", "logging_strategy", "logging_first_step", "report_to", "dataloader_num_workers", "kernels"),
 }
 _ALWAYS_WRITTEN = ("learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed", "max_length")
 # Filled in by TrainingArguments from the machine or from other options; they resolve again when the file is used.
 _FILLED_IN = (
-    *("use_cpu", "local_rank", "disable_tqdm", "dataloader_pin_memory", "pad_to_multiple_of"),
-    *("activation_checkpointing", "report_to", "include_for_metrics", "debug"),
+    *("use_cpu", "local_rank", "disable_tqdm", "dataloader_pin_memory"),
+    *("activation_checkpointing", "include_for_metrics", "debug"),
+    "hub_token",  # a secret
 )
+# Likewise where they are empty: "none" becomes an empty list, "auto" None.
+_EMPTIED = ("report_to", "pad_to_multiple_of")
 
 
 def versions() -> dict[str, str]:
@@ -209,6 +215,14 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None for one that a killed run, or a full disk, cut short."""
+    try:
+        return dict(json.loads(line))
+    except json.JSONDecodeError:
+        return None
 
 
 def _is_plain(value: Any) -> bool:

@@ -24,6 +24,7 @@ import torch
 
 import lota
 from lota.zero.dense_report import dense_report
+from lota.zero.groups import check_shard_group_size
 from lota.zero.world import join_world
 from recipes import data, data_checks, deepspeed_options, dense_checkpoint, lora
 from recipes.arguments import Config, LotaArguments, PreferenceConfig, RecipeConfig, parse, validate
@@ -39,6 +40,7 @@ def main(config_class: type[Config] = RecipeConfig) -> None:
     join_world()
     args, config = parse(config_class=config_class)
     notes = validate(args, config)
+    check_shard_group_size(args.shard_group_size, world_size())
     say_plan(args, config)
     sets = data.load(args, config.seed, is_preference=config_class is PreferenceConfig)
     notes += data_checks.check(sets, args, config)
@@ -85,7 +87,7 @@ def train_densely(
     say(f"held {sum(report['bytes_held'].values()) / 2**20:.1f} MiB a rank for model states")
     if args.method == "lora":
         with timed(seconds, "adapter"):
-            summary["adapter"] = lora.save_adapter(engine, folder.path / "adapter", args.model_name_or_path or "")
+            summary["adapter"] = lora.save_adapter(engine, folder.path / "adapter", args)
     if args.merged:
         with timed(seconds, "merged"):
             dense_checkpoint.save_sharded(engine, folder.path / "merged", args)

@@ -221,8 +221,8 @@ def library() -> Any:
         try:
             path = _compiled(compiler, flags)
             loaded = ctypes.CDLL(str(path))
-        except (OSError, subprocess.CalledProcessError):
-            continue  # no OpenMP (Apple's clang), no cache directory that can be written and loaded from
+        except (OSError, RuntimeError, subprocess.CalledProcessError):
+            continue  # no OpenMP (Apple's clang), no home (RuntimeError) or cache that can be written and loaded from
         _declare(loaded)
         return loaded
     return None

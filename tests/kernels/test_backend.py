@@ -61,6 +61,16 @@ def test_auto_without_a_compiler_is_plain_torch(fresh_library, monkeypatch):
     assert backend_name(CPU) == "torch"
 
 
+def test_auto_without_a_home_is_plain_torch(fresh_library, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(cpu_ops.Path, "home", _no_home)
+    assert backend_name(CPU) == "torch"
+
+
+def _no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_auto_without_a_cache_directory_is_plain_torch(fresh_library):
     fresh_library.write_text("in the way")
     assert backend_name(CPU) == "torch"

@@ -52,6 +52,9 @@ def test_defaults() -> None:
         (["--save_strategy", "no", "--save_steps", "5"], "save_steps would be ignored: add --save_strategy steps"),
         (["--save_only_model", "true"], "save_only_model would leave checkpoints"),
         (["--ticket_dtype", "int8"], "ticket_dtype must be"),
+        (["--kernels", "tritn"], "kernels must be one of auto, torch, triton, got 'tritn'"),
+        (["--gradient_reduction", "compct"], "Did you mean 'compact'"),
+        (["--method", "full", "--kernels", "torch"], "kernels would be ignored"),
         (["--mask", "nowhere"], "nowhere"),
         (["--protect", "nowhere"], "nowhere"),
         (["--deepspeed", "nowhere.json"], r"nowhere\.json cannot be read \(No such file"),
@@ -102,6 +105,8 @@ def test_mask_skips_calibration_and_has_none_to_calibrate(tmp_path: Path) -> Non
         checked("--mask", str(tmp_path / "mask"), mask_only=True)
     with pytest.raises(ValueError, match="no mask to calibrate"):
         checked("--method", "full", mask_only=True)
+    with pytest.raises(ValueError, match="ends with the mask, so kernels, merged would be ignored: remove them"):
+        checked("--kernels", "torch", "--merged", "true", mask_only=True)
 
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
@@ -137,14 +142,27 @@ def test_a_run_goes_on_with_its_own_options(tmp_path: Path, changed: tuple[str, 
 
 def test_the_resolved_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
     argv = ["--learning_rate", "1e-2", "--density", "0.05", "--max_steps", "7", "--include", "mlp", "--seed", "3"]
+    argv += ["--report_to", "tensorboard", "--pad_to_multiple_of", "8"]
     args, config, _ = checked(*argv, "--output_dir", str(tmp_path / "run"))
     RunFolder(args, config)
     words = ["--config", str(tmp_path / "run" / "config.yaml")]
     again, config_again = parse(words)
     validate(again, config_again, argv=words)
     assert again == args
-    for name in ("learning_rate", "max_steps", "seed", "output_dir", "weight_decay", "max_grad_norm", "bf16"):
+    for name in ("learning_rate", "max_steps", "seed", "output_dir", "weight_decay", "max_grad_norm", "bf16", "report_to", "pad_to_multiple_of"):
         assert getattr(config_again, name) == getattr(config, name), name
+
+
+def test_metrics_go_on_after_a_line_that_was_cut(tmp_path: Path) -> None:
+    args, config, _ = checked("--output_dir", str(tmp_path))
+    folder = RunFolder(args, config)
+    for step in (1, 2, 3):
+        folder.add_metrics({"phase": "train", "step": step})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text(encoding="utf-8")[:-9], encoding="utf-8")
+    assert [row["step"] for row in folder.keep_metrics("train", 2)] == [1, 2]
+    folder.add_metrics({"phase": "train", "step": 3})
+    assert [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
