@@ -23,6 +23,7 @@ class WholeCheckpoints:
 
     args: Any
     state: Any
+    control: Any
     accelerator: Any
     _staging: Path | None = None
 
@@ -31,6 +32,14 @@ class WholeCheckpoints:
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's would stand in output_dir and speak of a model that is not there; the ticket has a card of its own."""
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer looks after a step whether it was the last: going on from the last checkpoint, it would take one
+        more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))  # type: ignore[misc]

@@ -29,6 +29,8 @@ def check(sets: Sets, args: SourceArguments, config: Any) -> list[str]:
 
     config: TRL's SFTConfig; of a DPOConfig only what it has in common counts.
     """
+    if sets.evaluation is None:
+        _refuse_evaluation(config)
     tokenizer = load_tokenizer(args)
     is_chat = _is_chat(sets.train)
     template_path = getattr(config, "chat_template_path", None)
@@ -48,6 +50,21 @@ def check(sets: Sets, args: SourceArguments, config: Any) -> list[str]:
         model = AutoConfig.from_pretrained(args.model_name_or_path, revision=args.model_revision)
         notes += check_packing(config, model.get_text_config().model_type)
     return notes
+
+
+def _refuse_evaluation(config: Any) -> None:
+    """Options that nothing would come of where there are no rows to evaluate on."""
+    asked = {
+        "eval_strategy": config.eval_strategy != "no",
+        "save_strategy: best": config.save_strategy == "best",
+        "load_best_model_at_end": config.load_best_model_at_end,
+    }
+    idle = [name for name, is_asked in asked.items() if is_asked]
+    if idle:
+        raise ValueError(
+            f"there are no evaluation rows, so {', '.join(idle)} would be ignored: give eval_file, eval_split, "
+            f"eval_rows or eval_fraction, or remove {'it' if len(idle) == 1 else 'them'}"
+        )
 
 
 def _is_chat(rows: Dataset) -> bool:

@@ -63,7 +63,7 @@ class Phase:
             model.enable_input_require_grads()
         self.trainer = trainer_class(config)(
             model=model,
-            **_reference(args, config),
+            **({"ref_model": load_model(args, config)} if needs_reference(args, config) else {}),
             args=self.config,
             train_dataset=train,
             eval_dataset=evaluation,
@@ -163,12 +163,10 @@ def load_model(args: LotaArguments, config: Config) -> Any:
     return model
 
 
-def _reference(args: LotaArguments, config: Config) -> dict[str, Any]:
-    """DPO's reference: the base once more, of the same revision. An adapter is switched off instead, and with
-    precompute_ref_log_probs TRL asks the model before it is trained."""
-    if not isinstance(config, PreferenceConfig) or config.precompute_ref_log_probs or args.method == "lora":
-        return {}
-    return {"ref_model": load_model(args, config)}
+def needs_reference(args: LotaArguments, config: Config) -> bool:
+    """Whether DPO loads the base once more. An adapter is switched off instead, and with precompute_ref_log_probs TRL
+    asks the model before it is trained."""
+    return isinstance(config, PreferenceConfig) and not config.precompute_ref_log_probs and args.method != "lora"
 
 
 def mean_loss(history: Sequence[Mapping[str, Any]]) -> float | None:

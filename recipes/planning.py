@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from lota import plan
 from lota.selection import eligible
 from lota.ticket import Mask
 from recipes.arguments import Config, LotaArguments
-from recipes.phases import training_dtype
+from recipes.phases import needs_reference, training_dtype
 from recipes.run_folder import rank, say, world_size
 
 
@@ -34,11 +36,15 @@ def plans_of(args: LotaArguments, config: Config, layout: plan.Layout) -> list[p
     assert args.model_name_or_path is not None
     dtype = str(training_dtype(config)).removeprefix("torch.")
     model = plan.read_model(args.model_name_or_path, revision=args.model_revision, dtype=dtype)
+    plans = _phases(args, model, layout)
+    return [_with_reference(one, model, layout) for one in plans] if needs_reference(args, config) else plans
+
+
+def _phases(args: LotaArguments, model: plan.ModelShapes, layout: plan.Layout) -> list[plan.MethodPlan]:
     if args.method == "full":
         return [plan.full(model, layout)]
     if args.method == "lora":
-        matrices = tuple(name for name in eligible(model.shapes) if len(model.shapes[name]) == 2)
-        return [plan.lora(model, layout, plan.LoraSettings(args.lora_r or 16, matrices))]
+        return [plan.lora(model, layout, plan.LoraSettings(args.lora_r or 16, _lora_targets(args, model)))]
     if args.mask is not None:
         mask = Mask.load(args.mask)
         names, density, before = list(mask.names), mask.density, []
@@ -48,6 +54,28 @@ def plans_of(args: LotaArguments, config: Config, layout: plan.Layout) -> list[p
     counts = plan.MaskCounts.even(model, names, density, layout.shard_size)
     reduction = "dense" if args.gradient_reduction == "dense" else "compact"
     return [*before, plan.lota(model, layout, counts, reduction=reduction)]
+
+
+def _lora_targets(args: LotaArguments, model: plan.ModelShapes) -> tuple[str, ...]:
+    """The matrices that get an adapter, by PEFT's rules: one word is `all-linear` or an expression for whole names,
+    several are ends of names."""
+    targets = args.lora_target_modules or ["all-linear"]
+    if targets == ["all-linear"]:
+        return tuple(name for name in eligible(model.shapes) if len(model.shapes[name]) == 2)
+    pattern = targets[0] if len(targets) == 1 else rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
+    found = re.compile(pattern)
+    matrices = (name for name, shape in model.shapes.items() if len(shape) == 2)
+    return tuple(name for name in matrices if found.fullmatch(name.removesuffix(".weight")))
+
+
+def _with_reference(phase: plan.MethodPlan, model: plan.ModelShapes, layout: plan.Layout) -> plan.MethodPlan:
+    """Beside it, the base once more, sharded over all ranks and gathered for one forward pass a micro step."""
+    forwards = model.item_bytes * model.numel() * layout.gradient_accumulation_steps
+    return replace(
+        phase,
+        device={**phase.device, "reference": model.item_bytes * model.pieces(layout.ranks)},
+        transfers=[*phase.transfers, plan.Transfer("reference", "all_gather", forwards, layout.world())],
+    )
 
 
 def layout_of(args: LotaArguments, config: Config) -> plan.Layout:

@@ -2,7 +2,7 @@
 
 from lota.plan.advice import advise
 from lota.plan.counts import LoraSettings, MaskCounts, Spread
-from lota.plan.layout import Layout
+from lota.plan.layout import Layout, Transfer
 from lota.plan.methods import MethodPlan, calibration, full, lora, lota
 from lota.plan.model import ModelShapes, read_model, shapes_of_config
 from lota.plan.reduction import choose_reduction
@@ -15,6 +15,7 @@ __all__ = [
     "MethodPlan",
     "ModelShapes",
     "Spread",
+    "Transfer",
     "advise",
     "calibration",
     "choose_reduction",

@@ -149,7 +149,17 @@ def test_the_resolved_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
     again, config_again = parse(words)
     validate(again, config_again, argv=words)
     assert again == args
-    for name in ("learning_rate", "max_steps", "seed", "output_dir", "weight_decay", "max_grad_norm", "bf16", "report_to", "pad_to_multiple_of"):
+    for name in (
+        "learning_rate",
+        "max_steps",
+        "seed",
+        "output_dir",
+        "weight_decay",
+        "max_grad_norm",
+        "bf16",
+        "report_to",
+        "pad_to_multiple_of",
+    ):
         assert getattr(config_again, name) == getattr(config, name), name
 
 

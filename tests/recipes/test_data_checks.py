@@ -48,6 +48,7 @@ def checked(
         (tiny.CHAT, [PAIR], {"chat_template_path": str(PLAIN_CHAT_PATH)}, "would be ignored: the rows are no conv"),
         (tiny.CHAT, [TEXT], {"dataset_text_field": "body"}, "dataset_text_field is called text_field here"),
         (tiny.CHAT, [TEXT], {"packing": True, "max_length": None}, "packing fills rows of max_length tokens"),
+        (tiny.CHAT, [PAIR], {"eval_strategy": "steps", "eval_steps": 5}, "so eval_strategy would be ignored"),
     ],
 )  # fmt: skip
 def test_refusals(tmp_path: Path, template: str | None, rows: Rows, config: dict[str, Any], message: str) -> None:

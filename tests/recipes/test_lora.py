@@ -69,12 +69,13 @@ def test_the_baseline(ranks, base: Path) -> None:
     argv = ["--method", "lora", "--lora_r", "3", "--lora_alpha", "8", "--use_rslora", "true", "--merged", "true"]
     argv += ["--save_strategy", "no"]
     argv += ["--model_name_or_path", str(base), "--train_file", str(base / "rows.jsonl"), "--output_dir", str(output)]
-    ranks(2).run(jobs.run_recipe, "train_lota", argv + [w for k, v in SETTINGS.items() for w in (f"--{k}", str(v))])
+    argv += [word for key, value in SETTINGS.items() for word in (f"--{key}", str(value))]
+    ranks(2).run(jobs.run_recipe, "train_lota", argv)
     plain = ranks(2).run(_plain_script, str(base))[0]
     assert jobs.losses(output) == plain["losses"] and len(plain["losses"]) == 3
 
     names = {path.name for path in output.iterdir()}
-    left = {"adapter", "config.yaml", "examples.txt", "merged", "metrics.jsonl", "summary.json"}
+    left = {"adapter", "checkpoint-3", "config.yaml", "examples.txt", "merged", "metrics.jsonl", "summary.json"}
     assert names - {"report.png"} == left
     summary = jobs.summary(output)
     report, trained = summary["training"]["report"], 2 * 3 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 56))
@@ -93,6 +94,14 @@ def test_the_baseline(ranks, base: Path) -> None:
     assert merged.keys() == load_file(base / "model.safetensors").keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
     assert sum(not torch.equal(t, load_file(base / "model.safetensors")[n]) for n, t in merged.items()) == 14
+
+    # Stopped before its summary, the run goes on and writes both once more.
+    (output / "summary.json").unlink()
+    ranks(2).run(jobs.run_recipe, "train_lota", [*argv, "--resume_from_checkpoint", "true"])
+    assert jobs.summary(output)["training"]["resumed_from_step"] == 3 and jobs.losses(output) == plain["losses"]
+    for path, before in (("adapter/adapter_model.safetensors", adapter), ("merged/model.safetensors", merged)):
+        again = load_file(output / path)
+        assert again.keys() == before.keys() and all(torch.equal(again[name], before[name]) for name in before), path
 
 
 def _merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
