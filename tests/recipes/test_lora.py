@@ -67,7 +67,6 @@ def _plain_script(base: str) -> dict[str, Any]:
 def test_the_baseline(ranks, base: Path) -> None:
     output = base / "recipe"
     argv = ["--method", "lora", "--lora_r", "3", "--lora_alpha", "8", "--use_rslora", "true", "--merged", "true"]
-    argv += ["--save_strategy", "no"]
     argv += ["--model_name_or_path", str(base), "--train_file", str(base / "rows.jsonl"), "--output_dir", str(output)]
     argv += [word for key, value in SETTINGS.items() for word in (f"--{key}", str(value))]
     ranks(2).run(jobs.run_recipe, "train_lota", argv)
