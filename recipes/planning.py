@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lota import plan
 from lota.selection import eligible
 from lota.ticket import Mask
+from recipes import deepspeed_options
 from recipes.arguments import Config, LotaArguments
 from recipes.phases import needs_reference, training_dtype
 from recipes.run_folder import rank, say, world_size
@@ -79,11 +78,8 @@ def _with_reference(phase: plan.MethodPlan, model: plan.ModelShapes, layout: pla
 
 
 def layout_of(args: LotaArguments, config: Config) -> plan.Layout:
-    """Ranks from the launcher's environment, bucket and limits from the DeepSpeed file where it gives numbers."""
-    content: Any = config.deepspeed
-    if isinstance(content, str):
-        content = json.loads(Path(content).read_text(encoding="utf-8"))
-    zero = (content or {}).get("zero_optimization", {})
+    """Ranks from the launcher's environment, bucket and limits from the DeepSpeed configuration if it has them."""
+    zero = deepspeed_options.content(config).get("zero_optimization", {})
     limits = [zero.get(f"stage3_{name}") for name in ("max_live_parameters", "max_reuse_distance")]
     return plan.Layout(
         ranks=world_size(),

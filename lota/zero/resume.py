@@ -61,11 +61,12 @@ def save(
                 "save_checkpoint between backward and step: a checkpoint holds no gradients; call engine.step() first"
             )
         facts = {"identity": dict(identity), "progress": _progress(engine), "client_state": _plain(dict(client_state))}
+        own, vectors = core.numbers(), core.vectors()
     numbers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(numbers, core.numbers())
+    dist.all_gather_object(numbers, own)
     # A rank without entries of its own may know less; what several know is equal.
     facts["numbers"] = max(numbers, key=lambda entry: len(json.dumps(entry)))
-    checkpoint.write(folder, core.vectors(), facts, file_number=file_number, num_files=num_files)
+    checkpoint.write(folder, vectors, facts, file_number=file_number, num_files=num_files)
 
 
 def load(
@@ -82,8 +83,10 @@ def load(
         stored.verify(dist.get_rank(), dist.get_world_size())
     # Nothing has been changed so far, and every byte of the checkpoint was found sound by some rank.
     numbers, progress = stored.facts["numbers"], stored.facts["progress"]
-    core.prepare_restore(numbers, stored.keys())
-    checkpoint.restore(stored, core.vectors())
+    with together():
+        core.prepare_restore(numbers, stored.keys())
+        vectors = core.vectors()
+    checkpoint.restore(stored, vectors)
     core.restored(numbers)
     _restore_progress(engine, progress, load_lr_scheduler_states)
     return stored.facts["client_state"]
