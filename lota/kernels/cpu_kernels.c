@@ -134,8 +134,9 @@ void lota_rmsprop(void *weights, int weights_dtype, const void *gradient, int gr
 }
 
 // out[k - start] (+)= scale * source[position(k) - origin] for the entries start:stop, in fp32. scale: 1 value or null.
-void lota_gather(float *restrict out, const void *source, int source_dtype, Index index, const float *scale, int is_sum,
-                 int64_t start, int64_t stop, int64_t origin, int num_threads) {
+// squares: null, or for each tile of the span the sum of the squares of what was summed up in it.
+void lota_gather(float *restrict out, const void *source, int source_dtype, Index index, const float *scale,
+                 float *squares, int is_sum, int64_t start, int64_t stop, int64_t origin, int num_threads) {
     const int64_t last_tile = (stop + TILE - 1) / TILE;
 #pragma omp parallel for schedule(static) num_threads(num_threads)
     for (int64_t tile = start / TILE; tile < last_tile; tile++) {
@@ -151,6 +152,12 @@ void lota_gather(float *restrict out, const void *source, int source_dtype, Inde
             for (int i = first; i < last; i++) to[i] += value[i];
         else
             memcpy(to + first, value + first, 4 * (last - first));
+        if (squares) {
+            double part[8] = {0};  // eight sums side by side: one would wait for itself at every entry
+            for (int i = first; i < last; i++) part[i & 7] += (double)to[i] * to[i];
+            for (int i = 1; i < 8; i++) part[0] += part[i];
+            squares[tile - start / TILE] = (float)part[0];
+        }
     }
 }
 

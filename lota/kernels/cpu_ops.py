@@ -53,16 +53,23 @@ def gather(
     if out.dtype != torch.float32 or source.dtype not in _DTYPES:
         reference.gather(out, source, index, scale, start, stop, origin)
     else:
-        _gather(out, source, index, scale, start, stop, origin, is_sum=False)
+        _gather(out, source, index, scale, None, start, stop, origin, is_sum=False)
 
 
 def gather_add_(
-    out: Tensor, source: Tensor, index: TileIndex, scale: Tensor | None, start: int, stop: int, origin: int
+    out: Tensor,
+    source: Tensor,
+    index: TileIndex,
+    scale: Tensor | None,
+    squares: Tensor | None,
+    start: int,
+    stop: int,
+    origin: int,
 ) -> None:
     if out.dtype != torch.float32 or source.dtype not in _DTYPES:
-        reference.gather_add_(out, source, index, scale, start, stop, origin)
+        reference.gather_add_(out, source, index, scale, squares, start, stop, origin)
     else:
-        _gather(out, source, index, scale, start, stop, origin, is_sum=True)
+        _gather(out, source, index, scale, squares, start, stop, origin, is_sum=True)
 
 
 def scatter_(target: Tensor, index: TileIndex, values: Tensor) -> None:
@@ -158,6 +165,7 @@ def _gather(
     source: Tensor,
     index: TileIndex,
     scale: Tensor | None,
+    squares: Tensor | None,
     start: int,
     stop: int,
     origin: int,
@@ -169,6 +177,7 @@ def _gather(
         _DTYPES[source.dtype],
         _index(index),
         None if scale is None else scale.data_ptr(),
+        None if squares is None else squares.data_ptr(),
         is_sum,
         start,
         stop,
@@ -235,7 +244,7 @@ def _declare(loaded: Any) -> None:
     arguments: dict[str, list[Any]] = {
         "lota_adamw": [*step, *[pointer] * 4, *[number] * 4, count],
         "lota_rmsprop": [*step, *[pointer] * 3, *[number] * 3, count],
-        "lota_gather": [pointer, pointer, count, _Index, pointer, count, *[integer] * 3, count],
+        "lota_gather": [pointer, pointer, count, _Index, pointer, pointer, count, *[integer] * 3, count],
         "lota_move": [pointer, count, _Index, integer, pointer, count, count],
         "lota_scatter": [pointer, count, _Index, integer, pointer, count, pointer, pointer, count],
     }

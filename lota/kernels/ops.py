@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lota.kernels.backend import backend
-from lota.kernels.index import TileIndex
+from lota.kernels.index import TILE, TileIndex
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MASK_OPS = ("and", "andnot", "or", "xor")
@@ -60,19 +60,34 @@ def gather_add_(
     index: TileIndex,
     *,
     scale: Tensor | None = None,
+    squares: Tensor | None = None,
     start: int = 0,
     stop: int | None = None,
     origin: int = 0,
 ) -> Tensor:
-    """`accumulator[k] += scale * source[position(start + k) - origin]`, summed in fp32; returns the accumulator."""
+    """`accumulator[k] += scale * source[position(start + k) - origin]`, summed in fp32; returns the accumulator.
+
+    squares: None, or fp32 `[ceil(stop / TILE) - start // TILE]`, one value for each tile that the span touches: it
+    receives the sum of the squares of what the accumulator holds afterwards (after the rounding to its dtype) at the
+    tile's entries inside the span. Summed in float64, rounded once; the same on every call, and but for the last bit in
+    every backend.
+    """
     stop = index.num_active if stop is None else stop
     _check_span(index, start, stop)
     _check_dense("source", source, index, origin, whole=origin == 0 and start == 0 and stop == index.num_active)
     _check_compact("accumulator", accumulator, stop - start, source, exact=True)
     if scale is not None:
         _check_scalar("scale", scale, source)
+    if squares is not None:
+        _check_compact("squares", squares, 0, source)
+        num_tiles = -(-stop // TILE) - start // TILE if stop > start else 0
+        if squares.dtype != torch.float32 or squares.numel() != num_tiles:
+            raise ValueError(
+                f"squares must be fp32 with one value for each of {num_tiles} tiles, got {squares.dtype} of shape "
+                f"{tuple(squares.shape)}"
+            )
     if stop > start:
-        backend(source.device).gather_add_(accumulator, source, index, scale, start, stop, origin)
+        backend(source.device).gather_add_(accumulator, source, index, scale, squares, start, stop, origin)
     return accumulator
 
 

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from lota.kernels.index import TileIndex
+from lota.kernels.index import TILE, TileIndex
 
 CPU_CHUNK, DEVICE_CHUNK = 1 << 16, 1 << 22
 
 
 def _chunks(start: int, stop: int, like: Tensor) -> Iterator[tuple[int, int]]:
-    """Ranges that stay in a CPU's cache, or that keep an accelerator busy."""
+    """Ranges of whole tiles that stay in a CPU's cache, or that keep an accelerator busy."""
     size = CPU_CHUNK if like.device.type == "cpu" else DEVICE_CHUNK
     for first in range(start, stop, size):
         yield first, min(first + size, stop)
@@ -38,13 +39,26 @@ def gather(
 
 
 def gather_add_(
-    out: Tensor, source: Tensor, index: TileIndex, scale: Tensor | None, start: int, stop: int, origin: int
+    out: Tensor,
+    source: Tensor,
+    index: TileIndex,
+    scale: Tensor | None,
+    squares: Tensor | None,
+    start: int,
+    stop: int,
+    origin: int,
 ) -> None:
-    for first, last in _chunks(start, stop, source):
+    lead = start % TILE
+    for tiles_start, last in _chunks(start - lead, stop, source):
+        first = max(tiles_start, start)
         values = source.index_select(0, index.positions(first, last).sub_(origin)).float()
         values = values if scale is None else values * scale
         piece = out[first - start : last - start]
         piece.copy_(piece.float() + values)
+        if squares is not None:
+            written = pad(piece.double().square_(), (first - tiles_start, -last % TILE)).view(-1, TILE).sum(1)
+            first_tile = (tiles_start - start + lead) // TILE
+            squares[first_tile : first_tile + written.numel()] = written
 
 
 def scatter_(target: Tensor, index: TileIndex, values: Tensor) -> None:

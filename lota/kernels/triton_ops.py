@@ -59,7 +59,15 @@ def _load_offsets(offset_ptr, first, i):
 
 @triton.jit
 def _gather_tile(
-    out_ptr, source_ptr, scale_ptr, in_bounds, IS_SCALED: tl.constexpr, IS_SUM: tl.constexpr, IS_MOVE: tl.constexpr
+    out_ptr,
+    source_ptr,
+    scale_ptr,
+    squares_ptr,
+    in_bounds,
+    IS_SCALED: tl.constexpr,
+    IS_SUM: tl.constexpr,
+    IS_MOVE: tl.constexpr,
+    IS_SQUARED: tl.constexpr,
 ):
     x = tl.load(source_ptr, mask=in_bounds)
     if not IS_MOVE:
@@ -70,6 +78,11 @@ def _gather_tile(
             x = _to_fp32(tl.load(out_ptr, mask=in_bounds)) + x
         x = _rounded(x, out_ptr.dtype.element_ty)
     tl.store(out_ptr, x, mask=in_bounds)
+    if IS_SQUARED:
+        written = _to_fp32(x).to(tl.float64)
+        if in_bounds is not None:
+            written = tl.where(in_bounds, written, 0.0)
+        tl.store(squares_ptr, tl.sum(written * written, axis=0).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["start", "stop", "origin"])
@@ -79,6 +92,7 @@ def gather_kernel(
     base_ptr,
     offset_ptr,
     scale_ptr,
+    squares_ptr,
     start,
     stop,
     origin,
@@ -87,6 +101,7 @@ def gather_kernel(
     IS_SCALED: tl.constexpr,
     IS_SUM: tl.constexpr,
     IS_MOVE: tl.constexpr,
+    IS_SQUARED: tl.constexpr,
 ):
     """out: from entry `start` on. IS_ALIGNED: `start` begins a tile. IS_MOVE: bits are copied, dtypes are equal."""
     tile = start // TILE + tl.program_id(0).to(tl.int64)
@@ -96,24 +111,32 @@ def gather_kernel(
         out_ptr += tl.program_id(0).to(tl.int64) * TILE + i
     else:
         out_ptr += tile * TILE - start + i
+    squares_ptr += tl.program_id(0)
     if (tile * TILE >= start) & (tile * TILE + TILE <= stop):
-        _gather_tile(out_ptr, source_ptr, scale_ptr, None, IS_SCALED, IS_SUM, IS_MOVE)
+        _gather_tile(out_ptr, source_ptr, scale_ptr, squares_ptr, None, IS_SCALED, IS_SUM, IS_MOVE, IS_SQUARED)
     else:
         entry = tile * TILE + i
         in_bounds = (entry >= start) & (entry < stop)
-        _gather_tile(out_ptr, source_ptr, scale_ptr, in_bounds, IS_SCALED, IS_SUM, IS_MOVE)
+        _gather_tile(out_ptr, source_ptr, scale_ptr, squares_ptr, in_bounds, IS_SCALED, IS_SUM, IS_MOVE, IS_SQUARED)
 
 
 def gather(
     out: Tensor, source: Tensor, index: TileIndex, scale: Tensor | None, start: int, stop: int, origin: int
 ) -> None:
-    _launch_gather(out, source, index, scale, start, stop, origin, is_sum=False)
+    _launch_gather(out, source, index, scale, None, start, stop, origin, is_sum=False)
 
 
 def gather_add_(
-    out: Tensor, source: Tensor, index: TileIndex, scale: Tensor | None, start: int, stop: int, origin: int
+    out: Tensor,
+    source: Tensor,
+    index: TileIndex,
+    scale: Tensor | None,
+    squares: Tensor | None,
+    start: int,
+    stop: int,
+    origin: int,
 ) -> None:
-    _launch_gather(out, source, index, scale, start, stop, origin, is_sum=True)
+    _launch_gather(out, source, index, scale, squares, start, stop, origin, is_sum=True)
 
 
 def _launch_gather(
@@ -121,6 +144,7 @@ def _launch_gather(
     source: Tensor,
     index: TileIndex,
     scale: Tensor | None,
+    squares: Tensor | None,
     start: int,
     stop: int,
     origin: int,
@@ -135,6 +159,7 @@ def _launch_gather(
             index.base,
             index.offset,
             index.base if scale is None else scale,
+            index.base if squares is None else squares,
             start,
             stop,
             origin,
@@ -143,6 +168,7 @@ def _launch_gather(
             IS_SCALED=scale is not None,
             IS_SUM=is_sum,
             IS_MOVE=is_move,
+            IS_SQUARED=squares is not None,
             **OPTIONS,
         )
 

@@ -246,6 +246,34 @@ def test_gather_casts_scales_and_accumulates_in_fp32_over_a_span(device, source_
             _assert_guards_hold(buffer)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gather_add_squares_what_it_wrote(device, dtype):
+    """One sum for each tile that the span touches, the same on every call; what is not finite stays in its tile."""
+    count = 70 * TILE + 77
+    positions = _positions(count, 2 * count)
+    index = TileIndex.from_flat(positions.to(device), 2 * count)
+    source = torch.randn(2 * count, generator=torch.Generator().manual_seed(3)).bfloat16()
+    source[positions[5 * TILE + 3]] = float("inf")
+    for start, stop in ((0, count), (0, TILE), (TILE, 3 * TILE), (700, 700), (700, 701), (700, 2 * TILE + 1)):
+        num_tiles = -(-stop // TILE) - start // TILE if stop > start else 0
+        total = torch.randn(stop - start, generator=torch.Generator().manual_seed(4)).to(dtype)
+        outs = []
+        for _ in range(2):
+            out, squares = total.to(device, copy=True), torch.full((num_tiles + 2,), -7.0, device=device)
+            options = {"start": start, "stop": stop, "squares": squares[1:-1]}
+            gather_add_(out, source.to(device), index, **options)
+            outs.append((out.cpu(), squares.cpu()))
+        (out, squares), (_, again) = outs
+        assert torch.equal(out, (total.float() + source[positions[start:stop]].float()).to(dtype))
+        assert torch.equal(squares, again) and squares[0] == squares[-1] == -7
+        for number in range(num_tiles):
+            tile = start // TILE + number
+            written = out[max(tile * TILE - start, 0) : (tile + 1) * TILE - start].double()
+            # Squares are exact in float64 and summed there; one rounding to fp32 remains.
+            assert float(squares[1 + number]) == pytest.approx(float((written**2).sum()), rel=2**-23)
+            assert bool(squares[1 + number].isinf()) == (start <= 5 * TILE + 3 < stop and tile == 5)
+
+
 def test_positions_beyond_two_to_the_31(device):
     """The dense tensors are virtual memory of which a few pages are touched."""
     numel = 2**31 + 5_000_000
@@ -323,5 +351,10 @@ def test_wrong_inputs_are_refused():
         scatter_(dense.long(), index, torch.zeros(10))
     with pytest.raises(ValueError, match="exchange_ moves bits"):
         exchange_(dense, index, torch.zeros(10, dtype=torch.bfloat16))
+    for squares, got in ((torch.zeros(2), r"float32 of shape \(2,\)"), (torch.zeros(1).half(), "float16")):
+        with pytest.raises(
+            ValueError, match=r"squares must be fp32 with one value for each of 1 tiles, got torch." + got
+        ):
+            gather_add_(torch.zeros(10), dense, index, squares=squares)
     with pytest.raises(ValueError, match="op must be one of"):
         mask_op(torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), "nand")
