@@ -17,6 +17,7 @@ from lota.kernels.ops import (
     scatter_add_,
     squared_norm,
 )
+from lota.kernels.rounding import fmix64, rounding_key
 
 __all__ = [
     "CHOICES",
@@ -26,6 +27,7 @@ __all__ = [
     "adamw_scalars",
     "backend_name",
     "exchange_",
+    "fmix64",
     "gather",
     "gather_add_",
     "mask_op",
@@ -33,6 +35,7 @@ __all__ = [
     "popcount",
     "rmsprop_",
     "rmsprop_scalars",
+    "rounding_key",
     "scatter_",
     "scatter_add_",
     "squared_norm",

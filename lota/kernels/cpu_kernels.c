@@ -63,6 +63,25 @@ static void store_at(void *dense, int dtype, int64_t origin, const int32_t *offs
     }
 }
 
+static inline uint64_t fmix64(uint64_t x) {
+    x = (x ^ (x >> 33)) * 0xff51afd7ed558ccdu;
+    x = (x ^ (x >> 33)) * 0xc4ceb9fe1a85ec53u;
+    return x ^ (x >> 33);
+}
+
+// Stochastic rounding to bf16, see rounding.py. first_place: of the tile's base.
+static void store_stochastic(void *dense, int64_t origin, const int32_t *offset, int count, const float *value,
+                             uint64_t key, uint64_t first_place) {
+    uint16_t rounded[TILE], *target = (uint16_t *)dense + origin;
+    for (int i = 0; i < count; i++) {
+        const uint32_t random = fmix64((first_place + (uint64_t)offset[i]) * 0x9e3779b97f4a7c15u + key) >> 48;
+        uint32_t bits;
+        memcpy(&bits, &value[i], 4);
+        rounded[i] = (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40 : (bits + random) >> 16;
+    }
+    for (int i = 0; i < count; i++) target[offset[i]] = rounded[i];
+}
+
 static void load_compact(const void *compact, int dtype, int64_t start, int count, float *value) {
     if (dtype == BF16) {
         const uint16_t *source = (const uint16_t *)compact + start;
@@ -90,7 +109,7 @@ static inline int entries_of(int64_t tile, int64_t num_active) {
 void lota_adamw(void *weights, int weights_dtype, const void *gradient, int gradient_dtype, int is_compact, Index index,
                 int64_t num_active, float *restrict master, float *restrict exp_avg, float *restrict exp_avg_sq,
                 const float *scalars, float one_minus_beta1, float beta2, float one_minus_beta2, float eps,
-                int num_threads) {
+                const int64_t *rounding, int64_t origin, int num_threads) {
     const float scale = scalars[0], decay = scalars[1], step_size = scalars[2], root = scalars[3];
     if (scalars[4] != 0) return;
     const int64_t num_tiles = (num_active + TILE - 1) / TILE;
@@ -107,13 +126,17 @@ void lota_adamw(void *weights, int weights_dtype, const void *gradient, int grad
             v[i] = v[i] * beta2 + x * x * one_minus_beta2;
             w[i] = w[i] * decay - m[i] / (sqrtf(v[i]) / root + eps) * step_size;
         }
-        store_at(weights, weights_dtype, index.base[tile], offset, count, w);
+        if (rounding)
+            store_stochastic(weights, index.base[tile], offset, count, w, *rounding, origin + index.base[tile]);
+        else
+            store_at(weights, weights_dtype, index.base[tile], offset, count, w);
     }
 }
 
 void lota_rmsprop(void *weights, int weights_dtype, const void *gradient, int gradient_dtype, int is_compact,
                   Index index, int64_t num_active, float *restrict master, float *restrict square_avg,
-                  const float *scalars, float alpha, float one_minus_alpha, float eps, int num_threads) {
+                  const float *scalars, float alpha, float one_minus_alpha, float eps,
+                  const int64_t *rounding, int64_t origin, int num_threads) {
     const float scale = scalars[0], weight_decay = scalars[1], lr = scalars[2];
     if (scalars[3] != 0) return;
     const int64_t num_tiles = (num_active + TILE - 1) / TILE;
@@ -129,7 +152,10 @@ void lota_rmsprop(void *weights, int weights_dtype, const void *gradient, int gr
             v[i] = v[i] * alpha + x * x * one_minus_alpha;
             w[i] = w[i] - x / (sqrtf(v[i]) + eps) * lr;
         }
-        store_at(weights, weights_dtype, index.base[tile], offset, count, w);
+        if (rounding)
+            store_stochastic(weights, index.base[tile], offset, count, w, *rounding, origin + index.base[tile]);
+        else
+            store_at(weights, weights_dtype, index.base[tile], offset, count, w);
     }
 }
 

@@ -104,9 +104,12 @@ def adamw_(
     beta2: float,
     eps: float,
     compact: bool,
+    rounding: Tensor | None,
+    origin: int,
 ) -> None:
     if weights.dtype not in _DTYPES or gradient.dtype not in _DTYPES:
-        reference.adamw_(weights, gradient, index, master, exp_avg, exp_avg_sq, scalars, beta1, beta2, eps, compact)
+        arguments = (master, exp_avg, exp_avg_sq, scalars, beta1, beta2, eps, compact, rounding, origin)
+        reference.adamw_(weights, gradient, index, *arguments)
         return
     library().lota_adamw(
         weights.data_ptr(),
@@ -124,6 +127,8 @@ def adamw_(
         beta2,
         1 - beta2,
         eps,
+        None if rounding is None else rounding.data_ptr(),
+        origin,
         torch.get_num_threads(),
     )
 
@@ -138,9 +143,12 @@ def rmsprop_(
     alpha: float,
     eps: float,
     compact: bool,
+    rounding: Tensor | None,
+    origin: int,
 ) -> None:
     if weights.dtype not in _DTYPES or gradient.dtype not in _DTYPES:
-        reference.rmsprop_(weights, gradient, index, master, square_avg, scalars, alpha, eps, compact)
+        arguments = (master, square_avg, scalars, alpha, eps, compact, rounding, origin)
+        reference.rmsprop_(weights, gradient, index, *arguments)
         return
     library().lota_rmsprop(
         weights.data_ptr(),
@@ -156,6 +164,8 @@ def rmsprop_(
         alpha,
         1 - alpha,
         eps,
+        None if rounding is None else rounding.data_ptr(),
+        origin,
         torch.get_num_threads(),
     )
 
@@ -242,8 +252,8 @@ def _declare(loaded: Any) -> None:
     pointer, integer, number, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     step: list[Any] = [pointer, count, pointer, count, count, _Index, integer]
     arguments: dict[str, list[Any]] = {
-        "lota_adamw": [*step, *[pointer] * 4, *[number] * 4, count],
-        "lota_rmsprop": [*step, *[pointer] * 3, *[number] * 3, count],
+        "lota_adamw": [*step, *[pointer] * 4, *[number] * 4, pointer, integer, count],
+        "lota_rmsprop": [*step, *[pointer] * 3, *[number] * 3, pointer, integer, count],
         "lota_gather": [pointer, pointer, count, _Index, pointer, pointer, count, *[integer] * 3, count],
         "lota_move": [pointer, count, _Index, integer, pointer, count, count],
         "lota_scatter": [pointer, count, _Index, integer, pointer, count, pointer, pointer, count],

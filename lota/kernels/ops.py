@@ -146,6 +146,8 @@ def adamw_(
     beta2: float,
     eps: float,
     compact: bool = True,
+    rounding: Tensor | None = None,
+    origin: int = 0,
 ) -> None:
     """One AdamW step (Loshchilov and Hutter, arXiv 1711.05101) on compact state, scattered into the weights.
 
@@ -156,12 +158,29 @@ def adamw_(
     `master`, `exp_avg`, `exp_avg_sq` (fp32, compact) are updated in place and w is cast into `weights` (flat, dense) at
     the active positions. scalars: fp32 `[5]` on the device: scale, decay, step_size, sqrt_bias_correction2, skip (see
     `adamw_scalars`); a skip other than 0 leaves everything as it is. gradient: compact, or dense with `compact=False`.
+
+    rounding: None rounds to nearest even; an int64 device scalar (see `rounding_key`) rounds bf16 weights
+    stochastically, by bits that hash the key and `origin + position` (see rounding.py). origin: where `weights` begins
+    in the space that counts for these bits, so that partitions round as the whole does.
     """
+    _check_rounding(rounding, origin, weights)
     _check_step(weights, gradient, index, scalars, 5, compact, master=master, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     _check_numbers(beta1=beta1, beta2=beta2, eps=eps)
     if index.num_active:
         backend(weights.device).adamw_(
-            weights, gradient, index, master, exp_avg, exp_avg_sq, scalars, beta1, beta2, eps, compact
+            weights,
+            gradient,
+            index,
+            master,
+            exp_avg,
+            exp_avg_sq,
+            scalars,
+            beta1,
+            beta2,
+            eps,
+            compact,
+            rounding,
+            origin,
         )
 
 
@@ -176,6 +195,8 @@ def rmsprop_(
     alpha: float,
     eps: float,
     compact: bool = True,
+    rounding: Tensor | None = None,
+    origin: int = 0,
 ) -> None:
     """One RMSprop step (Hinton's lecture 6e; not centered, no momentum) on compact state, scattered into the weights.
 
@@ -183,10 +204,13 @@ def rmsprop_(
         v = v * alpha + g * g * (1 - alpha);  w = master - (g / (sqrt(v) + eps)) * lr
     scalars: fp32 `[4]` on the device: scale, weight_decay, lr, skip. The rest as in `adamw_`.
     """
+    _check_rounding(rounding, origin, weights)
     _check_step(weights, gradient, index, scalars, 4, compact, master=master, square_avg=square_avg)
     _check_numbers(alpha=alpha, eps=eps)
     if index.num_active:
-        backend(weights.device).rmsprop_(weights, gradient, index, master, square_avg, scalars, alpha, eps, compact)
+        backend(weights.device).rmsprop_(
+            weights, gradient, index, master, square_avg, scalars, alpha, eps, compact, rounding, origin
+        )
 
 
 def adamw_scalars(
@@ -296,6 +320,22 @@ def _check_step(
         _check_compact(name, tensor, index.offset.numel(), weights)
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name} must be fp32, got {tensor.dtype}")
+
+
+def _check_rounding(rounding: Tensor | None, origin: int, weights: Tensor) -> None:
+    if rounding is None:
+        if origin:
+            raise ValueError(
+                f"origin={origin} only counts for stochastic rounding: give a rounding key, or leave it out"
+            )
+        return
+    if rounding.numel() != 1 or rounding.dtype != torch.int64 or rounding.device != weights.device:
+        raise ValueError(
+            f"rounding must be one int64 key on {weights.device}, got {rounding.dtype} of shape "
+            f"{tuple(rounding.shape)} on {rounding.device}; rounding_key makes it"
+        )
+    if weights.dtype != torch.bfloat16:
+        raise ValueError(f"only bf16 weights can be rounded stochastically, got {weights.dtype}; leave rounding out")
 
 
 def _check_span(index: TileIndex, start: int, stop: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lota.kernels.index import TILE, TileIndex
+from lota.kernels.rounding import random_bits, to_bf16
 
 CPU_CHUNK, DEVICE_CHUNK = 1 << 16, 1 << 22
 
@@ -95,6 +96,8 @@ def adamw_(
     beta2: float,
     eps: float,
     compact: bool,
+    rounding: Tensor | None,
+    origin: int,
 ) -> None:
     scale, decay, step_size, sqrt_bias_correction2, skip = scalars.unbind()
     skip = skip != 0
@@ -106,7 +109,7 @@ def adamw_(
         new_v = (v * beta2).add_(g.mul_(g).mul_(1 - beta2))
         denominator = _sqrt(new_v).div_(sqrt_bias_correction2).add_(eps)
         new_w = (w * decay).sub_((new_m / denominator).mul_(step_size))
-        _store(weights, positions, skip, (w, new_w), (m, new_m), (v, new_v))
+        _store(weights, positions, skip, rounding, origin, (w, new_w), (m, new_m), (v, new_v))
 
 
 def rmsprop_(
@@ -119,6 +122,8 @@ def rmsprop_(
     alpha: float,
     eps: float,
     compact: bool,
+    rounding: Tensor | None,
+    origin: int,
 ) -> None:
     scale, weight_decay, lr, skip = scalars.unbind()
     skip = skip != 0
@@ -128,7 +133,7 @@ def rmsprop_(
         g = _gradient_chunk(gradient, positions, first, last, compact).mul_(scale).add_(w * weight_decay)
         new_v = (v * alpha).add_((g * g).mul_(1 - alpha))
         new_w = w - (g / _sqrt(new_v).add_(eps)).mul_(lr)
-        _store(weights, positions, skip, (w, new_w), (v, new_v))
+        _store(weights, positions, skip, rounding, origin, (w, new_w), (v, new_v))
 
 
 def _gradient_chunk(gradient: Tensor, positions: Tensor, first: int, last: int, compact: bool) -> Tensor:
@@ -138,12 +143,22 @@ def _gradient_chunk(gradient: Tensor, positions: Tensor, first: int, last: int, 
 
 
 def _store(
-    weights: Tensor, positions: Tensor, skip: Tensor, master: tuple[Tensor, Tensor], *moments: tuple[Tensor, Tensor]
+    weights: Tensor,
+    positions: Tensor,
+    skip: Tensor,
+    rounding: Tensor | None,
+    origin: int,
+    master: tuple[Tensor, Tensor],
+    *moments: tuple[Tensor, Tensor],
 ) -> None:
     for old, new in (master, *moments):
         torch.where(skip, old, new, out=old)
     kept = weights.index_select(0, positions)
-    weights.index_copy_(0, positions, torch.where(skip, kept, master[0].to(weights.dtype)))
+    if rounding is None:
+        rounded = master[0].to(weights.dtype)
+    else:
+        rounded = to_bf16(master[0], random_bits(rounding, positions + origin))
+    weights.index_copy_(0, positions, torch.where(skip, kept, rounded))
 
 
 def squared_norm(values: Tensor) -> Tensor:

@@ -40,12 +40,38 @@ def _rounded(x, dtype: tl.constexpr):
     """fp32 to the bits of bf16 (int16), fp16 or fp32, to nearest even; a NaN stays a quiet NaN."""
     if dtype == tl.int16:
         bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
-        rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, rounded)
-        y = rounded.to(tl.uint16).to(tl.int16, bitcast=True)
+        y = _cut_to_bf16(bits, ((bits >> 16) & 1) + 0x7FFF)
     else:
         y = x.to(dtype)
     return y
+
+
+@triton.jit
+def _cut_to_bf16(bits, added):
+    """The upper half of fp32 bits after adding to the lower one, as int16; a NaN stays a quiet NaN."""
+    rounded = (bits + added) >> 16
+    rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, rounded)
+    return rounded.to(tl.uint16).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def _fmix64(x):
+    x = (x ^ (x >> 33)) * 0xFF51AFD7ED558CCD
+    x = (x ^ (x >> 33)) * 0xC4CEB9FE1A85EC53
+    return x ^ (x >> 33)
+
+
+@triton.jit
+def _store_weights(weights_ptr, position, w, is_live, rounding_ptr, origin, IS_STOCHASTIC: tl.constexpr):
+    """To nearest even, or by random bits (see rounding.py)."""
+    if IS_STOCHASTIC:
+        key = tl.load(rounding_ptr).to(tl.uint64, bitcast=True)
+        place = (position + origin).to(tl.uint64, bitcast=True)
+        random = (_fmix64(place * 0x9E3779B97F4A7C15 + key) >> 48).to(tl.uint32)
+        y = _cut_to_bf16(w.to(tl.uint32, bitcast=True), random)
+    else:
+        y = _rounded(w, weights_ptr.dtype.element_ty)
+    tl.store(weights_ptr + position, y, mask=is_live)
 
 
 @triton.jit
@@ -296,7 +322,7 @@ def _is_zero(x, i):
     return ((x.to(tl.int32, bitcast=True) << 1) + i * 0) == 0
 
 
-@triton.jit(do_not_specialize=["num_active"])
+@triton.jit(do_not_specialize=["num_active", "origin"])
 def adamw_kernel(
     weights_ptr,
     gradient_ptr,
@@ -311,8 +337,11 @@ def adamw_kernel(
     beta2,
     one_minus_beta2,
     eps,
+    rounding_ptr,
+    origin,
     TILE: tl.constexpr,
     IS_COMPACT: tl.constexpr,
+    IS_STOCHASTIC: tl.constexpr,
 ):
     """The skip flag selects old bits instead of branching, so that all loads can start at once."""
     first = tl.program_id(0).to(tl.int64) * TILE
@@ -331,7 +360,7 @@ def adamw_kernel(
     tl.store(exp_avg_ptr + first + i, tl.where(is_live, new_m, m))
     tl.store(exp_avg_sq_ptr + first + i, tl.where(is_live, new_v, v))
     tl.store(master_ptr + first + i, tl.where(is_live, new_w, w))
-    tl.store(weights_ptr + position, _rounded(new_w, weights_ptr.dtype.element_ty), mask=is_live)
+    _store_weights(weights_ptr, position, new_w, is_live, rounding_ptr, origin, IS_STOCHASTIC)
 
 
 def adamw_(
@@ -346,6 +375,8 @@ def adamw_(
     beta2: float,
     eps: float,
     compact: bool,
+    rounding: Tensor | None,
+    origin: int,
 ) -> None:
     with _device_of(weights):
         adamw_kernel[_grid(index)](
@@ -362,13 +393,16 @@ def adamw_(
             beta2,
             1 - beta2,
             eps,
+            index.base if rounding is None else rounding,
+            origin,
             TILE=TILE,
             IS_COMPACT=compact,
+            IS_STOCHASTIC=rounding is not None,
             **OPTIONS,
         )
 
 
-@triton.jit(do_not_specialize=["num_active"])
+@triton.jit(do_not_specialize=["num_active", "origin"])
 def rmsprop_kernel(
     weights_ptr,
     gradient_ptr,
@@ -381,8 +415,11 @@ def rmsprop_kernel(
     alpha,
     one_minus_alpha,
     eps,
+    rounding_ptr,
+    origin,
     TILE: tl.constexpr,
     IS_COMPACT: tl.constexpr,
+    IS_STOCHASTIC: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * TILE
     i = tl.arange(0, TILE)
@@ -396,7 +433,7 @@ def rmsprop_kernel(
     new_w = w - tl.div_rn(g, tl.sqrt_rn(new_v) + eps) * lr
     tl.store(square_avg_ptr + first + i, tl.where(is_live, new_v, v))
     tl.store(master_ptr + first + i, tl.where(is_live, new_w, w))
-    tl.store(weights_ptr + position, _rounded(new_w, weights_ptr.dtype.element_ty), mask=is_live)
+    _store_weights(weights_ptr, position, new_w, is_live, rounding_ptr, origin, IS_STOCHASTIC)
 
 
 def rmsprop_(
@@ -409,6 +446,8 @@ def rmsprop_(
     alpha: float,
     eps: float,
     compact: bool,
+    rounding: Tensor | None,
+    origin: int,
 ) -> None:
     with _device_of(weights):
         rmsprop_kernel[_grid(index)](
@@ -423,8 +462,11 @@ def rmsprop_(
             alpha,
             1 - alpha,
             eps,
+            index.base if rounding is None else rounding,
+            origin,
             TILE=TILE,
             IS_COMPACT=compact,
+            IS_STOCHASTIC=rounding is not None,
             **OPTIONS,
         )
 

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lota.kernels import fmix64
 from lota.selection.ranks import Ranks
 
 LOW_BITS = 16
@@ -154,10 +155,7 @@ def chosen_positions(piece: Piece, cut: Cut, seed: int) -> Tensor:
 
 def tie_hash(positions: Tensor, seed: int) -> Tensor:
     """MurmurHash3's 64-bit finalizer of position + seed * odd: int64, a bijection, so no two hashes are equal."""
-    z = positions + _signed(seed * 0x9E3779B97F4A7C15)
-    z = (z ^ _shift_right(z, 33)) * _signed(0xFF51AFD7ED558CCD)
-    z = (z ^ _shift_right(z, 33)) * _signed(0xC4CEB9FE1A85EC53)
-    return z ^ _shift_right(z, 33)
+    return fmix64(positions + _signed(seed * 0x9E3779B97F4A7C15))
 
 
 def _last_hash(walk: Walk, key: int, num_tied: int, num_taken: int, ranks: Ranks, seed: int) -> int:
@@ -214,7 +212,3 @@ def _ascend(counts: Tensor, k: int) -> tuple[int, int]:
 def _signed(value: int) -> int:
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)

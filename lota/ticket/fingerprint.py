@@ -21,6 +21,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lota.kernels import fmix64
+
 _MODULUS = 1 << 64
 _ROW = 1 << 16
 _CPU_ROWS, _DEVICE_ROWS = 4, 64  # rows at a time: 2 MiB of int64 stays in a core's cache; a GPU wants larger launches
@@ -106,16 +108,8 @@ def _bits(values: Tensor) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _columns(device: torch.device) -> Tensor:
-    return _fmix64(torch.arange(1, _ROW + 1, dtype=torch.int64, device=device)).bitwise_or_(1)
+    return fmix64(torch.arange(1, _ROW + 1, dtype=torch.int64, device=device)).bitwise_or_(1)
 
 
 def _row_multiplier(rows: Tensor) -> Tensor:
-    return _fmix64(rows + (1 << 32)).bitwise_or_(1)
-
-
-def _fmix64(keys: Tensor) -> Tensor:
-    """MurmurHash3's fmix64 on int64 that stand for uint64: wrapping products, logical shifts."""
-    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        keys = keys ^ ((keys >> 33) & 0x7FFFFFFF)
-        keys = keys * (multiplier - _MODULUS)
-    return keys ^ ((keys >> 33) & 0x7FFFFFFF)
+    return fmix64(rows + (1 << 32)).bitwise_or_(1)

@@ -30,7 +30,9 @@ STATE = dict.fromkeys(("master_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "square_av
 # Most registers a thread that any variant needed when this was recorded (triton 3.9.0), and a tenth more.
 BUDGET = {
     "adamw_kernel": {"sm_80": 119, "sm_90": 124, "sm_100": 123, "gfx942": 55},
+    "adamw_kernel IS_STOCHASTIC": {"sm_80": 134, "sm_90": 137, "sm_100": 138, "gfx942": 53},
     "rmsprop_kernel": {"sm_80": 101, "sm_90": 103, "sm_100": 102, "gfx942": 56},
+    "rmsprop_kernel IS_STOCHASTIC": {"sm_80": 118, "sm_90": 118, "sm_100": 119, "gfx942": 44},
     "gather_kernel": {"sm_80": 44, "sm_90": 60, "sm_100": 61, "gfx942": 27},
     "gather_kernel IS_SQUARED": {"sm_80": 46, "sm_90": 53, "sm_100": 53, "gfx942": 37},
     "scatter_kernel": {"sm_80": 44, "sm_90": 53, "sm_100": 44, "gfx942": 49},
@@ -51,9 +53,12 @@ def _step_variants(name: str, moments: int):
         for offset in OFFSETS:
             for gradient, is_compact in (("*fp32", True), (weights, False)):
                 types = {"weights_ptr": weights, "gradient_ptr": gradient, "offset_ptr": offset, **STATE}
+                types["rounding_ptr"] = "*i64"
                 state = [4] * (1 + moments)
                 loaded = [*state, _num_bytes(offset), *([4] if is_compact else [])]
-                yield name, types, {"IS_COMPACT": is_compact}, loaded, state
+                for is_stochastic in (False, True) if weights == "*i16" else (False,):
+                    constants = {"IS_COMPACT": is_compact, "IS_STOCHASTIC": is_stochastic}
+                    yield name, types, constants, loaded, state
 
 
 def _variants():
@@ -69,7 +74,7 @@ def _variants():
                 constants = {"IS_ALIGNED": is_aligned, "IS_SCALED": True, "IS_SUM": is_sum, "IS_MOVE": False}
                 # A span that begins inside a tile can only be read and written entry by entry.
                 compact = [4] if is_aligned else []
-                for is_squared in (False, True) if is_sum else (False,):
+                for is_squared in (False, True) if is_sum and dtype == "*i16" else (False,):
                     loaded = [index, *(compact if is_sum else [])]
                     yield "gather_kernel", types, {**constants, "IS_SQUARED": is_squared}, loaded, compact
             types = {"target_ptr": dtype, "values_ptr": "*fp32", "offset_ptr": offset}
@@ -100,7 +105,7 @@ def _check(module, variant, target: str) -> Machine:
     entries = triton_ops.TILE // (4 * TARGETS[target].warp_size)  # of a thread
     label = f"{name} {types} {constants} on {target}: {machine}"
     assert machine.spills == 0, label
-    option = "".join(f" {key}" for key in ("IS_SQUARED",) if constants.get(key))
+    option = "".join(f" {key}" for key in ("IS_SQUARED", "IS_STOCHASTIC") if constants.get(key))
     assert machine.registers <= BUDGET[name + option][target], label
     assert machine.wide_loads >= sum(size * entries // 16 for size in loaded), label
     assert machine.wide_stores >= sum(size * entries // 16 for size in stored), label
