@@ -9,6 +9,7 @@ update is scattered into the weights in place; all other weights keep their bits
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
 
@@ -23,6 +24,7 @@ from lota.kernels import (
     padded_zeros,
     rmsprop_,
     rmsprop_scalars,
+    rounding_key,
     squared_norm,
 )
 from lota.ticket import Mask
@@ -33,12 +35,26 @@ class _Masked(torch.optim.Optimizer):
 
     moment_names: tuple[str, ...]
 
-    def __init__(self, model: nn.Module, mask: Mask, defaults: dict[str, Any], max_norm: float | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: Mask,
+        defaults: dict[str, Any],
+        max_norm: float | None,
+        rounding_seed: int | None,
+    ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive, or None for no clipping, got {max_norm}")
         parameters = _trained(model, mask)
-        self.mask, self.max_norm = mask, max_norm
+        if rounding_seed is not None:
+            _check_rounding(rounding_seed, parameters)
+        self.mask, self.max_norm, self.rounding_seed = mask, max_norm, rounding_seed
         self._indices: dict[nn.Parameter, TileIndex] = {}
+        # Where each tensor begins in the concatenation of all that train, which is where rounding counts places.
+        starts = itertools.accumulate((parameter.numel() for parameter in parameters.values()), initial=0)
+        self._origins = dict(zip(parameters.values(), starts, strict=False))
+        # step: a device value, because a skipped step does not count, and nobody on the host knows whether it was.
+        defaults = {**defaults, "step": None}
         super().__init__([{"params": list(parameters.values()), "names": list(parameters)}], defaults)
         kept = set(parameters.values())
         for parameter in model.parameters():
@@ -74,8 +90,10 @@ class _Masked(torch.optim.Optimizer):
             skip = ~torch.isfinite(norm)
             scale = (self.max_norm / (norm + 1e-6)).clamp(max=1.0).float()
         for group, parameters in groups:
+            number = self._count_step(group, skip)
+            first = self._scalars(group, scale, skip, number)
+            key = None if self.rounding_seed is None else rounding_key(self.rounding_seed, number)
             scalars: dict[torch.device, Tensor] = {}
-            first = self._scalars(group, scale, skip)
             for parameter in parameters:
                 gradient, is_compact = compact.pop(parameter, None), True
                 if gradient is None and parameter.grad is not None:
@@ -84,14 +102,29 @@ class _Masked(torch.optim.Optimizer):
                     gradient = padded_zeros(self._index(parameter))
                 here = scalars.setdefault(parameter.device, first.to(parameter.device))
                 self._state(parameter)
-                self._update(group, parameter, gradient, is_compact, here)
+                options: dict[str, Any] = {"compact": is_compact}
+                if key is not None:
+                    options |= {"rounding": key.to(parameter.device), "origin": self._origins[parameter]}
+                self._update(group, parameter, gradient, here, options)
         return loss
 
-    def _scalars(self, group: dict[str, Any], scale: Tensor, skip: Tensor) -> Tensor:
+    def _count_step(self, group: dict[str, Any], skip: Tensor) -> Tensor:
+        """The number of this step, a float64 device scalar; the last one's where this one is skipped."""
+        step = group["step"]
+        step = torch.zeros((), dtype=torch.float64, device=skip.device) if step is None else step.to(skip.device)
+        group["step"] = step.add_(1 - skip.double())
+        return step
+
+    def _scalars(self, group: dict[str, Any], scale: Tensor, skip: Tensor, step: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _update(
-        self, group: dict[str, Any], parameter: nn.Parameter, gradient: Tensor, is_compact: bool, scalars: Tensor
+        self,
+        group: dict[str, Any],
+        parameter: nn.Parameter,
+        gradient: Tensor,
+        scalars: Tensor,
+        options: dict[str, Any],
     ) -> None:
         raise NotImplementedError
 
@@ -167,6 +200,10 @@ class MaskedAdamW(_Masked):
     `requires_grad=False`. Weight decay is decoupled and touches active entries only. max_norm: clips by the norm over
     active entries, in the same pass; leave the Trainer's own clipping off then. ValueError where the mask and the model
     do not fit.
+
+    rounding_seed: None rounds the fp32 masters into bf16 weights to nearest even; a seed rounds them stochastically, by
+    bits that depend on the seed, the step and the weight's place alone (so all ranks agree that were given one seed). A
+    seed for weights that are not bf16 is a ValueError.
     """
 
     moment_names = ("exp_avg", "exp_avg_sq")
@@ -181,22 +218,24 @@ class MaskedAdamW(_Masked):
         weight_decay: float = 0.0,
         *,
         max_norm: float | None = None,
+        rounding_seed: int | None = None,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": None}
-        super().__init__(model, mask, defaults, max_norm)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(model, mask, defaults, max_norm, rounding_seed)
 
-    def _scalars(self, group: dict[str, Any], scale: Tensor, skip: Tensor) -> Tensor:
-        step = group["step"]
-        # A device value: a skipped step does not count, and nobody on the host knows whether it was skipped.
-        step = torch.zeros((), dtype=torch.float64, device=scale.device) if step is None else step.to(scale.device)
-        group["step"] = step.add_(1 - skip.double())
+    def _scalars(self, group: dict[str, Any], scale: Tensor, skip: Tensor, step: Tensor) -> Tensor:
         beta1, beta2 = group["betas"]
         return adamw_scalars(
             scale, skip, step, lr=group["lr"], weight_decay=group["weight_decay"], beta1=beta1, beta2=beta2
         )
 
     def _update(
-        self, group: dict[str, Any], parameter: nn.Parameter, gradient: Tensor, is_compact: bool, scalars: Tensor
+        self,
+        group: dict[str, Any],
+        parameter: nn.Parameter,
+        gradient: Tensor,
+        scalars: Tensor,
+        options: dict[str, Any],
     ) -> None:
         state, (beta1, beta2) = self.state[parameter], group["betas"]
         adamw_(
@@ -210,7 +249,7 @@ class MaskedAdamW(_Masked):
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
-            compact=is_compact,
+            **options,
         )
 
 
@@ -229,14 +268,21 @@ class MaskedRMSprop(_Masked):
         weight_decay: float = 0.0,
         *,
         max_norm: float | None = None,
+        rounding_seed: int | None = None,
     ) -> None:
-        super().__init__(model, mask, {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}, max_norm)
+        defaults = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(model, mask, defaults, max_norm, rounding_seed)
 
-    def _scalars(self, group: dict[str, Any], scale: Tensor, skip: Tensor) -> Tensor:
+    def _scalars(self, group: dict[str, Any], scale: Tensor, skip: Tensor, step: Tensor) -> Tensor:
         return rmsprop_scalars(scale, skip, lr=group["lr"], weight_decay=group["weight_decay"])
 
     def _update(
-        self, group: dict[str, Any], parameter: nn.Parameter, gradient: Tensor, is_compact: bool, scalars: Tensor
+        self,
+        group: dict[str, Any],
+        parameter: nn.Parameter,
+        gradient: Tensor,
+        scalars: Tensor,
+        options: dict[str, Any],
     ) -> None:
         state = self.state[parameter]
         rmsprop_(
@@ -248,7 +294,7 @@ class MaskedRMSprop(_Masked):
             scalars,
             alpha=group["alpha"],
             eps=group["eps"],
-            compact=is_compact,
+            **options,
         )
 
 
@@ -275,6 +321,16 @@ def _trained(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:
     if not trained:
         raise ValueError("the mask has no active entry, so there is nothing to train")
     return trained
+
+
+def _check_rounding(seed: int, parameters: dict[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        if parameter.dtype != torch.bfloat16:
+            raise ValueError(
+                f"rounding_seed={seed} rounds bf16 weights stochastically, but {name} is {parameter.dtype}; load the "
+                "model in bf16, or leave rounding_seed out"
+            )
+    rounding_key(seed, torch.zeros(()))
 
 
 def _flat(tensor: Tensor) -> Tensor:

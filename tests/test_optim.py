@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 import lota
-from lota.kernels import using
+from lota.kernels import rounding_key, using
+from lota.kernels.rounding import random_bits, to_bf16
 from lota.optim import MaskedAdamW, MaskedRMSprop
 from tests.no_sync import NoSync
 from tests.zero import cases
@@ -83,13 +84,14 @@ def test_equals_zero3_on_one_rank_bit_for_bit(ranks, kind, clip, dtype):
         assert torch.equal(model.get_parameter(name), weight), name
 
 
+@pytest.mark.parametrize("rounding_seed", [None, 5])
 @pytest.mark.parametrize("kind", [MaskedAdamW, MaskedRMSprop])
-def test_resuming_equals_not_stopping(kind):
+def test_resuming_equals_not_stopping(kind, rounding_seed):
     """bf16 weights, so that state in the weights' dtype would show; the scheduler's learning rate comes along."""
 
     def make():
         model = cases.make_model(torch.bfloat16)
-        optimizer = kind(model, _mask(), lr=1e-2, max_norm=cases.CLIP)
+        optimizer = kind(model, _mask(), lr=1e-2, max_norm=cases.CLIP, rounding_seed=rounding_seed)
         return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
     model, optimizer, scheduler = make()
@@ -110,11 +112,31 @@ def test_resuming_equals_not_stopping(kind):
     assert max(sizes) <= max(-(-_mask().active(name) // 1024) * 1024 for name in _mask().names), "state is compact"
 
 
+@pytest.mark.parametrize("kind", [MaskedAdamW, MaskedRMSprop])
+def test_a_rounding_seed_rounds_each_weight_by_its_place(kind):
+    """After one step the masters are those of a run without a seed; places count through all tensors that train."""
+    plain, model, before = (cases.make_model(torch.bfloat16) for _ in range(3))
+    nearest, optimizer = kind(plain, _mask(), lr=1e-2), kind(model, _mask(), lr=1e-2, rounding_seed=5)
+    _train(plain, nearest, 1)
+    _train(model, optimizer, 1)
+    key, origin, num_changed = rounding_key(5, torch.tensor(1)), 0, 0
+    for name in (name for name in _mask().names if _mask().active(name)):
+        weight, positions = model.get_parameter(name), _mask().indices(name)
+        master = optimizer.state[weight]["master"][: len(positions)]
+        assert torch.equal(master, nearest.state[plain.get_parameter(name)]["master"][: len(positions)])
+        expected = before.get_parameter(name).detach().clone().view(-1)
+        expected[positions] = to_bf16(master, random_bits(key, positions + origin))
+        assert torch.equal(weight.view(-1), expected), name
+        num_changed += int((weight != plain.get_parameter(name)).sum())
+        origin += weight.numel()
+    assert num_changed > 0.1 * _mask().num_active, "rounding to nearest would have given other weights"
+
+
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 @pytest.mark.parametrize("kind", [MaskedAdamW, MaskedRMSprop])
 def test_a_step_never_asks_the_device(kind, kernels):
     model = cases.make_model(torch.bfloat16)
-    optimizer = kind(model, _mask(), max_norm=1.0)
+    optimizer = kind(model, _mask(), max_norm=1.0, rounding_seed=5)
     _train(model, optimizer, 1)  # makes the state
     ((x, flags, target),) = cases.micro_batches(2, 1)
     F.cross_entropy(model(x.bfloat16(), flags).float(), target).backward()
@@ -202,6 +224,10 @@ def test_what_does_not_fit_is_refused():
         make({name: torch.zeros_like(masks[name])})
     with pytest.raises(ValueError, match="max_norm must be positive"):
         make(max_norm=0.0)
+    with pytest.raises(ValueError, match=r"rounding_seed=5 rounds bf16 weights .* is torch\.float32"):
+        make(rounding_seed=5)
+    with pytest.raises(ValueError, match="seed of stochastic rounding must be in"):
+        MaskedAdamW(cases.make_model(torch.bfloat16), _mask(), rounding_seed=-1)
     other = make({name: masks[name]})
     optimizer = make()
     with pytest.raises(ValueError, match="belongs to another mask"):
