@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import lota
-from lota.kernels import TILE, TileIndex, adamw_, adamw_scalars, gather, padded_zeros, using
+from lota.kernels import TILE, TileIndex, adamw_, adamw_scalars, gather, padded_zeros, rounding_key, using
 from lota.optim import MaskedAdamW
 from tests.no_sync import NoSync
 from tests.zero import cases
@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_step_can_be_captured_in_a_graph():
-    """Three replays equal three calls, bit for bit: the step count and all scalars live on the device."""
+    """Three replays equal three calls, bit for bit: the step count, all scalars and the key of the stochastic rounding
+    live on the device."""
     count, numel = 3 * TILE + 5, 20_000
     generator = torch.Generator("cuda").manual_seed(0)
     positions = torch.randperm(numel, generator=generator, device="cuda")[:count].sort().values
@@ -44,7 +45,8 @@ def test_a_step_can_be_captured_in_a_graph():
     def step(weights, master, exp_avg, exp_avg_sq, number):
         number.add_(1)
         scalars = adamw_scalars(one, never, number, lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99)
-        adamw_(weights, gradient, index, master, exp_avg, exp_avg_sq, scalars, beta1=0.9, beta2=0.99, eps=1e-8)
+        options = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "rounding": rounding_key(3, number)}
+        adamw_(weights, gradient, index, master, exp_avg, exp_avg_sq, scalars, **options)
 
     with using("triton", "cuda"):
         called = make()
@@ -64,7 +66,7 @@ def test_a_step_can_be_captured_in_a_graph():
 
 def test_a_step_never_asks_the_device():
     model = cases.make_model(torch.bfloat16).cuda()
-    optimizer = MaskedAdamW(model, lota.Mask.from_dense(cases.make_masks()), max_norm=1.0)
+    optimizer = MaskedAdamW(model, lota.Mask.from_dense(cases.make_masks()), max_norm=1.0, rounding_seed=5)
     ((x, flags, target),) = cases.micro_batches(1, 1)
     for number in range(2):
         loss = F.cross_entropy(model(x.cuda().bfloat16(), flags.cuda()).float(), target.cuda())
@@ -86,7 +88,7 @@ CHECKED = "(gather_scatter or adamw or rmsprop) and (1025 or 1023)"
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
 def test_kernels_are_clean_under_the_memory_checker(tmp_path):
     """torch's allocator hands out pieces of large blocks; without it every access out of bounds is seen."""
-    files = ["tests/kernels/test_ops.py", "tests/kernels/test_step_is_exact.py"]
+    files = [f"tests/kernels/test_{name}.py" for name in ("ops", "step_is_exact", "rounding")]
     command = ["compute-sanitizer", "--error-exitcode", "7", sys.executable, "-m", "pytest", "-q", "-m", "triton"]
     run = subprocess.run(
         [*command, "-k", CHECKED, *files, "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'child'}"],
