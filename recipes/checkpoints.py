@@ -66,6 +66,15 @@ class WholeCheckpoints:
         self.accelerator.wait_for_everyone()
 
 
+def adopt(state: Any, args: Any) -> None:
+    """Make the state that a checkpoint brought this run's own: its intervals are those asked for now, and the best
+    checkpoint lies in this `output_dir`, which may have been moved. Without this the Trainer would forget the best."""
+    state.compute_steps(args, state.max_steps)
+    best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+    if state.best_global_step and best.is_dir():
+        state.best_model_checkpoint = str(best)
+
+
 def newest(folder: Path) -> Path | None:
     """The complete checkpoint of the highest step in `folder`, or None."""
     found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _FOLDER.fullmatch(path.name))]

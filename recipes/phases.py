@@ -20,7 +20,7 @@ from trl import DPOTrainer, SFTTrainer
 
 from recipes import examples, lora
 from recipes.arguments import Config, LotaArguments, PreferenceConfig
-from recipes.checkpoints import WholeCheckpoints, chosen, step_of
+from recipes.checkpoints import WholeCheckpoints, adopt, chosen, step_of
 from recipes.data import Sets
 from recipes.run_folder import RunFolder, rank, say, world_size
 from recipes.tokenizer import load_tokenizer
@@ -219,7 +219,7 @@ class _Log(TrainerCallback):
         self.num_micro_steps = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        state.compute_steps(args, state.max_steps)  # a checkpoint brings the intervals of the run that wrote it
+        adopt(state, args)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.num_micro_steps += 1

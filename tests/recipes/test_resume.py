@@ -12,8 +12,10 @@ from pathlib import Path
 
 import psutil
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerState
+from trl import SFTConfig
 
-from recipes.checkpoints import chosen, newest
+from recipes.checkpoints import adopt, chosen, newest
 from tests.recipes.test_end_to_end import ROOT, command_of, launch, succeed, world
 
 __all__ = ["world"]  # a fixture of this module, too
@@ -111,3 +113,13 @@ def test_the_newest_complete_checkpoint_is_chosen(tmp_path: Path) -> None:
     assert chosen(str(tmp_path / "checkpoint-4"), tmp_path) == tmp_path / "checkpoint-4"
     assert chosen(None, tmp_path) is None and chosen("False", tmp_path) is None
     assert newest(tmp_path / "nowhere") is None
+
+
+def test_a_checkpoints_state_becomes_the_runs_own(tmp_path: Path) -> None:
+    state = TrainerState(max_steps=40, save_steps=5, logging_steps=5, best_global_step=10)
+    asked = SFTConfig(str(tmp_path), save_steps=7, logging_steps=0.1, use_cpu=True, bf16=False, report_to=[])
+    adopt(state, asked)
+    assert (state.save_steps, state.logging_steps, state.best_model_checkpoint) == (7, 4, None)
+    (tmp_path / "checkpoint-10").mkdir()  # where it was when the folder had another name, the Trainer does not find it
+    adopt(state, asked)
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-10")
