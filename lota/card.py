@@ -105,7 +105,7 @@ def peft_card(ticket: Ticket, base: str, facts: Mapping[str, Any]) -> str:
     """The card of a PEFT adapter. facts: `num_entries`, `num_twice`, `num_ordered` and `num_whole_modules` as exported,
     and the `dtype` that the base must be loaded in (None: its own)."""
     dtype = facts["dtype"]
-    load = f', dtype=torch.{dtype}' if dtype else ""
+    load = f", dtype=torch.{dtype}" if dtype else ""
     order = (
         f"{facts['num_ordered']:,} of its {facts['num_entries']:,} entries are made of two differences that must be "
         "added in order, as CPUs do. GPUs add in any order and may miss the value of such an entry, which lies much "

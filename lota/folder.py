@@ -49,9 +49,7 @@ def locate(model: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    return Path(
-        snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*"])
-    )
+    return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*"]))
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -155,6 +155,11 @@ def validate(
             "save_only_model would leave checkpoints that hold neither the ticket nor anything to resume from: remove "
             "it; the ticket is written at the end, and the whole model with merged: true"
         )
+    if config.push_to_hub:
+        raise ValueError(
+            "push_to_hub would upload the Trainer's folders and not the ticket: remove it, and upload RUN/ticket "
+            "when the run is done"
+        )
     idle = unused.on_command_line & {"save_steps", "save_total_limit"} if config.save_strategy == "no" else set()
     if idle:
         raise ValueError(

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes run from
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lota.ticket import Ticket
 from recipes.evaluation_data import evaluation_rows, reference
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     check_references(args.metrics, [reference(row) for row in rows])
     candidates = list_candidates(args)
     harness = Harness(args.tasks, task_settings(args)) if args.tasks else None
+    args.dtype = weights_dtype(args, candidates)
     board = _open_board(args, rows)
     entries = {candidate.name: board.entry(candidate.name, candidate.digests) for candidate in candidates}
 
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(todo) < len(candidates):
         say(f"{len(candidates) - len(todo)} of {len(candidates)} models are in {args.output} already")
     if todo:
-        model, tokenizer = load(args, candidates)
+        model, tokenizer = load(args)
         check_fit(model, tokenizer, rows, args.max_new_tokens if how.writes else 0)
         with Switch(model) as switch:
             for candidate in candidates:  # a ticket of another base should not be found after hours
@@ -123,15 +124,24 @@ def list_candidates(args: EvaluateArguments) -> list[Candidate]:
     return [*candidates, *(Candidate(path, (ticket,), (digest,)) for path, ticket, digest in opened)]
 
 
-def load(args: EvaluateArguments, candidates: Sequence[Candidate]) -> tuple[Any, Any]:
-    """The base in the dtype that its tickets expect, on this process's accelerator where there is one."""
+def weights_dtype(args: EvaluateArguments, candidates: Sequence[Candidate]) -> str:
+    """What `auto` means: the dtype that the tickets expect, or the checkpoint's where there is no ticket."""
+    if args.dtype != "auto":
+        return args.dtype
     found = {base.dtype for c in candidates for ticket in c.tickets for base in ticket.mask.base.values()}
-    dtype = args.dtype if args.dtype != "auto" else found.pop() if len(found) == 1 else "auto"
+    if len(found) == 1:
+        return found.pop()
+    config = AutoConfig.from_pretrained(args.model_name_or_path, revision=args.model_revision)
+    return str(config.dtype or torch.float32).removeprefix("torch.")
+
+
+def load(args: EvaluateArguments) -> tuple[Any, Any]:
+    """The base, on this process's accelerator where there is one."""
     model = AutoModelForCausalLM.from_pretrained(
         args.model_name_or_path,
         revision=args.model_revision,
         attn_implementation=args.attn_implementation,
-        dtype=DTYPES.get(dtype, "auto"),
+        dtype=DTYPES[args.dtype],
         device_map=args.device_map,
     )
     if args.device_map is None and torch.accelerator.is_available():

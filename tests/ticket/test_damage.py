@@ -169,7 +169,7 @@ def change_first(**fields: Any) -> Callable[[dict[str, Any]], None]:
         (lambda m: m["tensors"][0]["values"].update(dtype="float32"), "a.values: expected [0-9]+ bytes of F32"),
         (lambda m: m["tensors"][0]["values"].update(dtype="float16"), "a.values: expected [0-9]+ bytes of F16"),
         (lambda m: m["tensors"][0].update(file="../t/ticket.safetensors"), "expected a file name like"),
-        (lambda m: m["tensors"][0].update(file="ticket-00002-of-00002.safetensors"), "expected a file, as ticket.json"),
+        (lambda m: m["tensors"][0].update(file="ticket-00002-of-00002.safetensors"), "expected a file, got none"),
         (lambda m: m["tensors"][0].update(shape=[-1, 4]), "tensor 'a': expected a shape"),
         (lambda m: m["tensors"][0].update(shape=[2**40, 2**40]), "tensor 'a': expected a shape of at most 2..62"),
         (lambda m: m["tensors"][0].pop("base"), "expected a base for every tensor or for none"),
