@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers.trainer_utils import rotate_checkpoints
 
+from lota.zero.agreement import together
+
 STATE_NAME = "trainer_state.json"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
@@ -58,12 +60,12 @@ class WholeCheckpoints:
             if self.args.should_save:
                 self.state.save_to_json(str(staging / name / STATE_NAME))
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that went on from an older checkpoint
-            os.replace(staging / name, folder / name)
-            staging.rmdir()
-            rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=False)
-        self.accelerator.wait_for_everyone()
+        with together():
+            if self.args.should_save:
+                shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that went on from an older checkpoint
+                os.replace(staging / name, folder / name)
+                staging.rmdir()
+                rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=False)
 
 
 def adopt(state: Any, args: Any) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lota.checkpoint import apply_to_checkpoint
 from lota.folder import locate
 from lota.ticket import Ticket
+from lota.zero.agreement import together
 from recipes import lora
 from recipes.arguments import LotaArguments
 from recipes.run_folder import barrier, rank, say
@@ -33,11 +34,11 @@ def base_folder(args: LotaArguments) -> Path:
 
 def save_applied(args: LotaArguments, dtype: torch.dtype, ticket_path: Path, path: Path) -> None:
     """Write the base, cast to `dtype`, with the ticket's values assigned. Rank 0 works, the others wait."""
-    if rank() == 0:
-        shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before its summary
-        apply_to_checkpoint(base_folder(args), [Ticket.load(ticket_path)], path, dtype=dtype, say=say)
-        say(f"merged model in {path}")
-    barrier()
+    with together():
+        if rank() == 0:
+            shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before its summary
+            apply_to_checkpoint(base_folder(args), [Ticket.load(ticket_path)], path, dtype=dtype, say=say)
+            say(f"merged model in {path}")
 
 
 def save_sharded(engine: Any, path: Path, args: LotaArguments) -> None:

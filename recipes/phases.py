@@ -242,6 +242,9 @@ class _NoLastCheckpoint(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_save &= state.global_step < state.max_steps
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.on_step_end(args, state, control)
+
 
 class _Progress(ProgressCallback):
     """One bar a phase, with loss, learning rate and gradient norm; a line now and then where there is no terminal."""

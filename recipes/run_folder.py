@@ -20,6 +20,7 @@ import yaml
 
 from lota import Mask
 from lota.card import write_ticket_card
+from lota.zero.agreement import together
 from recipes.arguments import Config, LotaArguments
 from recipes.checkpoints import check_request, wants_resume
 from recipes.tracking import Tracking
@@ -88,11 +89,11 @@ class RunFolder:
 
     def save_mask(self, mask: Mask, facts: dict[str, Any], provenance: dict[str, Any]) -> None:
         """Keep what calibration gave, so that a run which is resumed does not calibrate again. Collective."""
-        if self.is_writer:
-            _write(self.path / "calibration.json", json.dumps(facts, indent=2) + "\n")
-            mask.save(self.path / "mask", provenance)
-            shutil.rmtree(self.path / "calibration", ignore_errors=True)
-        barrier()
+        with together():
+            if self.is_writer:
+                _write(self.path / "calibration.json", json.dumps(facts, indent=2) + "\n")
+                mask.save(self.path / "mask", provenance)
+                shutil.rmtree(self.path / "calibration", ignore_errors=True)
 
     def saved_mask(self) -> tuple[Mask, dict[str, Any]] | None:
         """The mask that this run selected before it was stopped, and the facts about its calibration."""
