@@ -31,6 +31,7 @@ from lota.kernels import (
     padded_zeros,
     popcount,
     rmsprop_,
+    rounding_key,
     scatter_,
     scatter_add_,
     using,
@@ -168,6 +169,8 @@ class Case:
             with using(choice):
                 for gradient, is_compact in ((self.compact, True), (self.gradient, False)):
                     adamw_(weights, gradient, self.index, *state, self.scalars, **ADAMW, compact=is_compact)
+                key = rounding_key(0, torch.ones((), device=self.device))
+                adamw_(weights, self.compact, self.index, *state, self.scalars, **ADAMW, rounding=key)
                 summed = gather_add_(self._active(self.compact.clone()), self.gradient, self.index)
                 exchange_(weights, self.index, values)
             results.append([weights, *state, values, summed])
@@ -181,9 +184,12 @@ class Case:
         step = partial(adamw_, weights, index=index, scalars=self.scalars, **ADAMW)
         state = dict(zip(("master", "exp_avg", "exp_avg_sq"), self.state, strict=True))
         alpha = torch.zeros((), device=self.device)
+        key = rounding_key(0, torch.ones((), device=self.device))
+        squares = torch.empty(index.base.numel(), device=self.device)
         return {
             "adamw_": partial(step, compact, **state),
             "adamw_, dense gradient": partial(step, gradient, **state, compact=False),
+            "adamw_, stochastic rounding": partial(step, compact, **state, rounding=key),
             "three launches": self.three_launches,
             "rmsprop_": partial(
                 rmsprop_, weights, compact, index, self.state[0], self.state[2], rms, alpha=0.99, eps=1e-8
@@ -191,6 +197,7 @@ class Case:
             "gather": partial(gather, gradient, index, out=active),
             "torch index_select": partial(torch.index_select, gradient, 0, self.positions),
             "gather_add_": partial(gather_add_, active, gradient, index),
+            "gather_add_, squares": partial(gather_add_, active, gradient, index, squares=squares),
             "scatter_": partial(scatter_, weights, index, values),
             "torch index_copy_": partial(weights.index_copy_, 0, self.positions, values),
             "exchange_": partial(exchange_, weights, index, values),
@@ -233,9 +240,11 @@ class Case:
         return {
             "adamw_": active * (4 + 24) + index + 2 * lines,
             "adamw_, dense gradient": active * 24 + index + 3 * lines,
+            "adamw_, stochastic rounding": active * (4 + 24) + index + 2 * lines,
             "rmsprop_": active * (4 + 16) + index + 2 * lines,
             "gather": active * 4 + index + lines,
             "gather_add_": active * 8 + index + lines,
+            "gather_add_, squares": active * 8 + 4 * self.index.base.numel() + index + lines,
             "scatter_": active * 2 + index + 2 * lines,
             "exchange_": active * 4 + index + 2 * lines,
             "scatter_add_": active * 6 + index + 2 * lines,
