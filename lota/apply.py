@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lota.ticket import Mask, Ticket
 from lota.ticket.fingerprint import add, fingerprint, fingerprint_at, to_hex
+from lota.wording import did_you_mean
 
 
 class Applied:
@@ -78,7 +77,8 @@ def _assign(
     for ticket in tickets:
         for name in ticket.names:
             if name not in parameters:
-                raise ValueError(f"the ticket names {name}, which the model does not have" + nearest(name, parameters))
+                hint = did_you_mean(name, parameters)
+                raise ValueError(f"the ticket names {name}, which the model does not have" + hint)
             check_is_base(ticket.mask, name, parameters[name].detach(), put_back.get(name))
             if ticket.mask.active(name):
                 flat = flatten(parameters[name])
@@ -135,9 +135,3 @@ def flatten(tensor: Tensor) -> Tensor:
             f"expected a contiguous tensor, got one of shape {tuple(tensor.shape)} and strides {tensor.stride()}"
         )
     return tensor.detach().view(-1)
-
-
-def nearest(name: str, names: Mapping[str, Any]) -> str:
-    """The end of an error message: which of `names` may have been meant."""
-    close = difflib.get_close_matches(name, list(names), 1)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lota.folder import write_text
 from lota.ticket import Manifest, Mask, Ticket, read_manifest
 
 CARD_NAME = "README.md"
@@ -21,9 +22,7 @@ _PAPER = "[LoTA](https://arxiv.org/abs/2406.16797)"
 def write_ticket_card(path: str | os.PathLike[str], facts: Mapping[str, Any] | None = None) -> None:
     """Put a card into the ticket directory `path`, in place of an earlier one. facts: further rows of its table."""
     path = Path(path)
-    temporary = path / f".{CARD_NAME}.partial"
-    temporary.write_text(ticket_card(read_manifest(path), facts), encoding="utf-8")
-    os.replace(temporary, path / CARD_NAME)
+    write_text(path / CARD_NAME, ticket_card(read_manifest(path), facts))
 
 
 def ticket_card(manifest: Manifest, facts: Mapping[str, Any] | None = None) -> str:
@@ -124,6 +123,7 @@ Made from a ticket ({_of(ticket.mask)}; {_PAPER}) in the format of PEFT's SHiRA;
 ```python
 import torch
 from peft import PeftModel
+from lota.folder import write_text
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained("{base}"{load})

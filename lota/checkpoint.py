@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lota.apply import check_disjoint, check_is_base, flatten, nearest
+from lota.apply import check_disjoint, check_is_base, flatten
 from lota.architecture import build_on_meta
 from lota.card import CARD_NAME, is_card, merged_card
 from lota.folder import INDEX_NAME, WEIGHT_SUFFIXES, new_folder, read_tensors, stored_dtypes, tensor_files
 from lota.ticket import Ticket
 from lota.ticket.writer import count_changed
+from lota.wording import did_you_mean
 
 Edit = Callable[[str, Tensor], None]
 Say = Callable[[str], None]
@@ -135,7 +136,7 @@ def _rewrite_by_transformers(
     except ValueError:  # no configuration that transformers knows: names are the files' alone
         skeleton = torch.nn.Module()
     if missing not in dict(skeleton.named_parameters(remove_duplicate=False)):
-        raise ValueError(f"the ticket names {missing}, which {source} does not hold" + nearest(missing, homes))
+        raise ValueError(f"the ticket names {missing}, which {source} does not hold" + did_you_mean(missing, homes))
     say(f"{source} names its tensors otherwise than the model does: loading it whole with transformers")
     model = type(skeleton).from_pretrained(source, dtype=dtype or "auto")
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Checkpoint folders: found, read tensor by tensor, and written all or nothing."""
+"""Files and checkpoint folders: found, read tensor by tensor, and written all or nothing."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Make `text` the content of a file, in UTF-8, by one rename: a reader finds the old content or the new."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 @contextmanager

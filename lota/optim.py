@@ -8,9 +8,8 @@ update is scattered into the weights in place; all other weights keep their bits
 
 from __future__ import annotations
 
-import difflib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, overload
 
 import torch
@@ -28,6 +27,7 @@ from lota.kernels import (
     squared_norm,
 )
 from lota.ticket import Mask
+from lota.wording import did_you_mean
 
 
 class _Masked(torch.optim.Optimizer):
@@ -304,7 +304,7 @@ def _trained(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:
     trained: dict[str, nn.Parameter] = {}
     for name in mask.names:
         if name not in parameters:
-            raise ValueError(f"the mask names {name}, which the model does not have" + _nearest(name, parameters))
+            raise ValueError(f"the mask names {name}, which the model does not have" + did_you_mean(name, parameters))
         parameter = parameters[name]
         if type(parameter.data) is not Tensor or hasattr(parameter, "ds_id"):
             raise ValueError(
@@ -337,8 +337,3 @@ def _flat(tensor: Tensor) -> Tensor:
     if not tensor.is_contiguous():
         raise ValueError(f"expected contiguous tensors, got shape {tuple(tensor.shape)} and strides {tensor.stride()}")
     return tensor.detach().view(-1)
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), 1)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from lota.kernels import CHOICES as KERNELS
 from lota.kernels import using
 from lota.selection import Selection, check, eligible, select, validate_budget, validate_density
 from lota.ticket import Mask, Ticket
+from lota.wording import did_you_mean
 from lota.zero.calibration_run import CalibrationRun
 from lota.zero.engine import substituted
 from lota.zero.scores import SCORES
@@ -89,7 +89,7 @@ def calibration_zero3(
     before training.
     """
     if score not in SCORES:
-        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}" + _did_you_mean(score, SCORES))
+        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}" + did_you_mean(score, SCORES))
     validate_density(density)
     validate_budget(budget)
     masks = [_as_mask(item) for item in protect]
@@ -168,9 +168,4 @@ def _as_mask(item: Any) -> Mask:
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}" + _did_you_mean(value, choices))
-
-
-def _did_you_mean(value: Any, choices: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(value), choices, 1)
-    return f". Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}" + did_you_mean(value, choices))

@@ -16,8 +16,9 @@ from lota.kernels import using
 from lota.seams import GRADIENT_REDUCTIONS
 from lota.selection import validate_budget, validate_density
 from lota.ticket import Mask
+from lota.wording import did_you_mean
 from recipes import deepspeed_options
-from recipes.data_arguments import DataArguments, did_you_mean
+from recipes.data_arguments import DataArguments
 
 METHODS = ("lota", "full", "lora")
 SCORES = ("task_vector", "gradient", "fisher", "snip", "magnitude", "random")

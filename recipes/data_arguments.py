@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import yaml
+
+from lota.wording import did_you_mean
 
 FORMS = {
     "prompt": ("prompt", "completion"),
@@ -105,12 +106,6 @@ def parts(args: DataArguments) -> list[Part]:
     found = _parts(args)
     _check_evaluation(args, [part.source for part in found])
     return found
-
-
-def did_you_mean(word: Any, options: Iterable[str]) -> str:
-    """`. Did you mean 'X'?` with the nearest option, or nothing."""
-    close = difflib.get_close_matches(str(word), [str(option) for option in options], 1)
-    return f". Did you mean {close[0]!r}?" if close else ""
 
 
 def _parts(args: DataArguments) -> list[Part]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from datasets import Features, List, Value
 
-from recipes.data_arguments import FORMS, Source, asked_columns, did_you_mean
+from lota.wording import did_you_mean
+from recipes.data_arguments import FORMS, Source, asked_columns
 
 TEXT = Value("string")
 CONVERSATION = List({"role": TEXT, "content": TEXT})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.data_arguments import did_you_mean
+from lota.wording import did_you_mean
 
 MISSING = "tasks need lm-eval, which is not installed: pip install 'lota[eval]' (or leave tasks out)"
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 
-from recipes.data_arguments import did_you_mean
+from lota.wording import did_you_mean
 
 TEXT_METRICS = ("exact", "number", "rouge")
 METRICS = ("loss", *TEXT_METRICS)

@@ -20,6 +20,7 @@ import yaml
 
 from lota import Mask
 from lota.card import write_ticket_card
+from lota.folder import write_text
 from lota.zero.agreement import together
 from recipes.arguments import Config, LotaArguments
 from recipes.checkpoints import check_request, wants_resume
@@ -56,7 +57,7 @@ class RunFolder:
         barrier()
         if self.is_writer and not found:
             self.path.mkdir(parents=True, exist_ok=True)
-            _write(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+            write_text(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
 
     def _check_same_run(self, options: dict[str, Any]) -> None:
         if (self.path / "summary.json").is_file():
@@ -91,7 +92,7 @@ class RunFolder:
         """Keep what calibration gave, so that a run which is resumed does not calibrate again. Collective."""
         with together():
             if self.is_writer:
-                _write(self.path / "calibration.json", json.dumps(facts, indent=2) + "\n")
+                write_text(self.path / "calibration.json", json.dumps(facts, indent=2) + "\n")
                 mask.save(self.path / "mask", provenance)
                 shutil.rmtree(self.path / "calibration", ignore_errors=True)
 
@@ -105,7 +106,7 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """summary.json, the last thing a run writes: where it is, the run is complete."""
         if self.is_writer:
-            _write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+            write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def write_card(self, facts: dict[str, Any]) -> None:
         """The model card of ticket/; facts: rows beside what the ticket itself tells."""
@@ -130,7 +131,7 @@ class RunFolder:
         kept = [row for row in rows if row["phase"] != phase or (row["step"] <= last_step and last_step > 0)]
         barrier()  # no rank reads after the first has written
         if self.is_writer and len(kept) < len(lines):
-            _write(path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         return [row for row in kept if row["phase"] == phase]
 
     @property
@@ -141,7 +142,7 @@ class RunFolder:
     def write_examples(self, text: str) -> None:
         """examples.txt: what the trainer sees of the first rows."""
         if self.is_writer:
-            _write(self.path / "examples.txt", text)
+            write_text(self.path / "examples.txt", text)
 
     def add_metrics(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
@@ -210,12 +211,6 @@ def say(text: str) -> None:
     """Print on rank 0."""
     if rank() == 0:
         print(f"[lota] {text}", flush=True)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _row(line: str) -> dict[str, Any] | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lota.folder import write_text
 from recipes.harness import headline
 
 
@@ -49,13 +49,11 @@ class Scoreboard:
         return found
 
     def put(self, model: str, entry: dict[str, Any]) -> None:
-        """Set a model's entry and write the file, to a temporary name first."""
+        """Set a model's entry and write the file."""
         self.models[model] = entry
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {"settings": self.settings, "versions": self.versions, "models": self.models}
-        temporary = self.path.with_name(f".{self.path.name}.partial")
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def table(self, models: Sequence[str]) -> str:
         """Models as columns where there are few of them, one metric a line: names of metrics and paths are long."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from lota.apply import Applied, apply_, exchange_
+from lota.folder import write_text
 from lota.ticket import Ticket
 from recipes.answers import encode, score_answers
 from recipes.evaluation_data import Row, reference
@@ -144,6 +144,4 @@ def _write_predictions(
         json.dumps({**row, "prediction": text, **values}, ensure_ascii=False)
         for row, text, values in zip(rows, texts, scored, strict=True)
     ]
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "\n".join(lines) + "\n")

@@ -105,7 +105,7 @@ def test_apply_refusals(tmp_path: Path) -> None:
         apply_to_checkpoint(tmp_path / "empty", [ticket], tmp_path / "out")
     mask = Mask.from_dense({"second.wait": torch.ones(3, 7, dtype=torch.bool)})
     odd = Ticket(mask, {"second.wait": torch.zeros(21)})
-    with pytest.raises(ValueError, match=r"second\.wait.*did you mean second\.weight"):
+    with pytest.raises(ValueError, match=r"second\.wait.*Did you mean 'second\.weight"):
         apply_to_checkpoint(tmp_path / "base", [odd], tmp_path / "out")
     (tmp_path / "base" / NAMES[1]).write_bytes(b"cut")
     with pytest.raises(ValueError, match=f"{NAMES[1]}: not a sound safetensors file"):

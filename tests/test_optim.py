@@ -216,7 +216,7 @@ def test_what_does_not_fit_is_refused():
     def make(masks=masks, **options):
         return MaskedAdamW(cases.make_model(), lota.Mask.from_dense(masks), **options)
 
-    with pytest.raises(ValueError, match="which the model does not have; did you mean blocks"):
+    with pytest.raises(ValueError, match=r"which the model does not have\. Did you mean 'blocks"):
         make({"block" + name.removeprefix("blocks"): masks[name]})
     with pytest.raises(ValueError, match="expected shape"):
         make({name: masks[name][1:]})

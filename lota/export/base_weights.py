@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lota.apply import nearest
 from lota.architecture import tied_names
 from lota.folder import tensor_files
+from lota.wording import did_you_mean
 
 
 def base_weights(
@@ -26,7 +26,7 @@ def base_weights(
     state = skeleton.state_dict(keep_vars=True)
     for name in names:
         if name not in state:
-            raise ValueError(f"the ticket names {name}, which the model does not have" + nearest(name, state))
+            raise ValueError(f"the ticket names {name}, which the model does not have" + did_you_mean(name, state))
     homes = tensor_files(folder)
     tied = tied_names(skeleton)
     stored = {name: next((alias for alias in tied.get(name, [name]) if alias in homes), None) for name in state}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -17,6 +16,7 @@ from lota.ticket.codec import EncodedIndex, decode, encode
 from lota.ticket.manifest import BaseTensor, TensorRecord
 from lota.ticket.reader import open_ticket
 from lota.ticket.writer import TicketWriter
+from lota.wording import did_you_mean
 
 Shape = tuple[int, ...]
 
@@ -241,8 +241,7 @@ class Mask:
         return name
 
     def _close(self, name: str) -> str:
-        close = difflib.get_close_matches(str(name), self._shapes, n=1)
-        return f". Did you mean {close[0]!r}?" if close else f", {', '.join(self.names[:3])} among them."
+        return did_you_mean(name, self._shapes) or f", {', '.join(self.names[:3])} among them."
 
     def _checked_base(self, base: Mapping[str, BaseTensor]) -> dict[str, BaseTensor]:
         if not base:

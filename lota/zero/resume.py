@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lota.folder import write_text
 from lota.zero import checkpoint
 from lota.zero.agreement import together
 from lota.zero.checkpoint import Vector
@@ -117,9 +117,7 @@ def check_same(found: Mapping[str, Any], expected: Mapping[str, Any], folder: Pa
 
 def mark_latest(save_dir: Path, tag: str) -> None:
     """Name the newest checkpoint in `save_dir`, as DeepSpeed does."""
-    temporary = save_dir / f".{LATEST}.partial"
-    temporary.write_text(tag, encoding="utf-8")
-    os.replace(temporary, save_dir / LATEST)
+    write_text(save_dir / LATEST, tag)
 
 
 def latest_tag(save_dir: Path) -> str:

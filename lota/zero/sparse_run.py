@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from lota import plan
 from lota.kernels import backend_name
 from lota.ticket import Mask
+from lota.wording import did_you_mean
 from lota.zero import engine as engines
 from lota.zero import weights
 from lota.zero.base import differing, dtype_name, replicas_agree
@@ -58,11 +58,7 @@ class SparseRun(BlockRun):
         _check_same_on_all_ranks(self.mask.digest, self.device)
         for name in self.mask.names:
             if name not in shapes:
-                close = difflib.get_close_matches(name, shapes, 1)
-                raise ValueError(
-                    f"the mask names {name}, which the model does not have"
-                    + (f"; did you mean {close[0]}?" if close else "")
-                )
+                raise ValueError(f"the mask names {name}, which the model does not have" + did_you_mean(name, shapes))
             self.mask.check_base(name, shapes[name], dtype_name(_engine_dtype(config, parameters[name].dtype)), None)
             if self.mask.active(name) and not parameters[name].requires_grad:
                 raise ValueError(

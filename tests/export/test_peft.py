@@ -143,7 +143,7 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists already"):
         export_peft(ticket, tmp_path / "base", tmp_path / "full")
     mask = Mask.from_dense({"model.layers.0.q_prj.weight": torch.ones(2, 2, dtype=torch.bool)})
-    with pytest.raises(ValueError, match=r"q_prj\.weight, which the model does not have; did you mean"):
+    with pytest.raises(ValueError, match=r"q_prj\.weight, which the model does not have\. Did you mean"):
         export_peft(Ticket(mask, {mask.names[0]: torch.zeros(4)}), tmp_path / "base", out)
     name = "model.layers.0.self_attn.q_proj.weight"
     weight = model.get_parameter(name).detach()

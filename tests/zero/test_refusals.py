@@ -137,7 +137,7 @@ def test_masks(ranks):
     other = {key.replace("up", "upp"): mask for key, mask in masks.items()}
     tries = [
         (masks | {name: masks[name][:5]}, "", r"blocks\.0\.up\.weight.*shape"),
-        (other, "", r"the mask names blocks\.\d\.upp\.weight, which the model does not have; did you mean"),
+        (other, "", r"the mask names blocks\.\d\.upp\.weight, which the model does not have\. Did you mean"),
         ({key: torch.zeros_like(mask) for key, mask in masks.items()}, "", r"no active entry"),
         (masks, "frozen", r"requires_grad is False"),
         (masks, "other base", r"base"),
