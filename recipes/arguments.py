@@ -161,6 +161,11 @@ def validate(
             "push_to_hub would upload the Trainer's folders and not the ticket: remove it, and upload RUN/ticket "
             "when the run is done"
         )
+    if config.enable_jit_checkpoint:
+        raise ValueError(
+            "enable_jit_checkpoint is the Trainer's way to save on SIGTERM: remove it; here SIGTERM and SIGUSR1 save a "
+            "checkpoint always (docs/cluster.md)"
+        )
     idle = unused.on_command_line & {"save_steps", "save_total_limit"} if config.save_strategy == "no" else set()
     if idle:
         raise ValueError(

@@ -20,9 +20,11 @@ from lota.zero.world import join_world
 from recipes import data, data_checks
 from recipes.arguments import parse, validate
 from recipes.mask_phase import calibrate, mask_facts
+from recipes.preemption import listening
 from recipes.run_folder import RunFolder, rank, say, versions, world_size
 
 
+@listening()
 def main() -> None:
     started = time.monotonic()
     join_world()

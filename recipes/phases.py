@@ -22,8 +22,11 @@ from recipes import examples, lora
 from recipes.arguments import Config, LotaArguments, PreferenceConfig
 from recipes.checkpoints import WholeCheckpoints, adopt, chosen, step_of
 from recipes.data import Sets
+from recipes.preemption import StopsWhenAsked, leave_if_asked
 from recipes.run_folder import RunFolder, rank, say, world_size
 from recipes.tokenizer import load_tokenizer
+
+_DOING = {"calibrate": "calibration", "train": "training"}
 
 
 class Phase:
@@ -55,6 +58,7 @@ class Phase:
             disable_progress_bars()
         # On CPU ranks the arguments set up torch.distributed alone; zero.Init would take the world for one rank.
         deepspeed.init_distributed()
+        leave_if_asked(f"before {_DOING[name]}")
         # Loading rewinds: nothing of an earlier phase is reused. from_pretrained shards at once, because the
         # arguments above registered the ZeRO-3 configuration.
         model = load_model(args, config)
@@ -70,6 +74,7 @@ class Phase:
             processing_class=load_tokenizer(args),
             peft_config=lora.peft_config(args) if args.method == "lora" else None,
         )
+        self.trainer.saved_step = None if self._checkpoint is None else step_of(self._checkpoint)
         self.trainer.remove_callback(ProgressCallback)
         self.folder = folder
         self._num_dropped = 0 if getattr(self.config, "packing", False) else len(train) - len(self.prepared)
@@ -95,6 +100,7 @@ class Phase:
 
     def run(self) -> dict[str, Any]:
         """Train, evaluate where there is an evaluation set, and say what happened. Collective."""
+        leave_if_asked(f"before {_DOING[self.name]}")  # loading takes a while
         say(f"{self.name}: {batch_arithmetic(self.config, self.trainer.train_dataset)}")
         if self._num_dropped:
             say(f"{self.name}: {self._num_dropped} rows dropped, of whose answers max_length leaves nothing")
@@ -108,13 +114,21 @@ class Phase:
         if self._checkpoint is not None:
             facts["resumed_from_step"] = step_of(self._checkpoint)
         facts["last_step_loss"] = self._log.last_loss
+        self._leave_if_complete()
         if self.trainer.eval_dataset is not None:
             facts["eval_loss_before"] = self._log.first_eval_loss
             scores = self.trainer.evaluate()
             facts["eval_loss"] = scores["eval_loss"]
             facts |= {name: value for name, value in scores.items() if name.startswith("eval_rewards/")}
+            self._leave_if_complete()
         facts["seconds"] = round(time.monotonic() - started, 2)
         return facts
+
+    def _leave_if_complete(self) -> None:
+        """After the last step a run stops only where a checkpoint of that step brings it back here. Without one, to
+        finish loses less."""
+        if self.trainer.saved_step == self.trainer.state.global_step:
+            leave_if_asked(f"after the last step of {_DOING[self.name]}")
 
     def _show_examples(self) -> None:
         """What the model will see of the first rows, once a run: two on the terminal, some more in examples.txt."""
@@ -143,11 +157,11 @@ def trainer_class(config: Config) -> type[Any]:
     return _PreferenceTrainer if isinstance(config, PreferenceConfig) else _SupervisedTrainer
 
 
-class _SupervisedTrainer(WholeCheckpoints, SFTTrainer):
+class _SupervisedTrainer(StopsWhenAsked, WholeCheckpoints, SFTTrainer):
     pass
 
 
-class _PreferenceTrainer(WholeCheckpoints, DPOTrainer):
+class _PreferenceTrainer(StopsWhenAsked, WholeCheckpoints, DPOTrainer):
     pass
 
 

@@ -31,9 +31,11 @@ from recipes.arguments import Config, LotaArguments, PreferenceConfig, RecipeCon
 from recipes.mask_phase import calibrate, mask_facts
 from recipes.phases import Phase, timed, training_dtype
 from recipes.planning import say_plan
+from recipes.preemption import listening
 from recipes.run_folder import RunFolder, rank, say, versions, world_size
 
 
+@listening()
 def main(config_class: type[Config] = RecipeConfig) -> None:
     """config_class: RecipeConfig fine-tunes on examples, PreferenceConfig (recipes/train_dpo.py) on preferences."""
     started = time.monotonic()

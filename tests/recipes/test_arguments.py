@@ -50,6 +50,7 @@ def test_defaults() -> None:
         (["--calibration_steps", "0"], "calibration_steps must be at least 1"),
         (["--calibration_learning_rate", "-1"], "must be above 0"),
         (["--save_strategy", "no", "--save_steps", "5"], "save_steps would be ignored: add --save_strategy steps"),
+        (["--enable_jit_checkpoint", "true"], "SIGTERM and SIGUSR1 save a checkpoint always"),
         (["--push_to_hub", "true"], "would upload the Trainer's folders and not the ticket"),
         (["--save_only_model", "true"], "save_only_model would leave checkpoints"),
         (["--ticket_dtype", "int8"], "ticket_dtype must be"),

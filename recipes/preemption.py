@@ -1,0 +1,108 @@
+"""A signal that asks a run to stop: it finishes its step, saves a checkpoint, and ends with a status that says "again".
+
+SLURM sends SIGTERM when it wants the nodes back, and on request another signal some time before (`--signal=USR1@120`);
+a preempted cloud machine gets SIGTERM. It is enough that one rank hears: all stop after the same step.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from recipes.run_folder import say
+
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+_heard = 0
+
+
+class Preempted(SystemExit):
+    """Ends the process with EXIT_STATUS. Not an Exception: nobody may take it for a failure, or recover from it."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_STATUS)
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Within the block SIGUSR1 and SIGTERM are noted instead of ending the process, however often they come. To be used
+    by the main thread."""
+    global _heard
+    _heard = 0
+    before = [(number, signal.signal(number, _note)) for number in SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _heard
+    _heard = number
+
+
+def heard() -> int:
+    """The number of a signal that came to any rank, the same on every rank; 0 where none came. Collective: 4 bytes."""
+    if not dist.is_initialized():
+        return _heard
+    highest = torch.tensor(_heard, dtype=torch.int32, device=get_accelerator().current_device_name())
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return int(highest)
+
+
+def leave_if_asked(when: str) -> None:
+    """Between two phases, where everything worth keeping is on the disk: end the run if any rank was asked to stop.
+    Collective."""
+    number = heard()
+    if number:
+        _leave(number, when)
+
+
+def _leave(number: int, when: str) -> None:
+    say(
+        f"stopped by {signal.Signals(number).name} {when}; exit status {EXIT_STATUS}. "
+        "The same command with --resume_from_checkpoint true goes on from here"
+    )
+    raise Preempted
+
+
+class StopsWhenAsked:
+    """Put before a Trainer class: at the end of a step, all ranks look whether any was asked to stop.
+
+    A stop saves whatever save_strategy says, and whichever step it is. The step's evaluation, where one is due, comes
+    first: the run that goes on would not repeat it. Raises Preempted, so that nothing of what the Trainer does after
+    its last step is done, such as loading the best checkpoint.
+    """
+
+    args: Any
+    state: Any
+    control: Any
+    callback_handler: Any
+    saved_step: int | None = None
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        self.saved_step = self.state.global_step
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        number = heard()
+        if number:
+            self.control.should_log = True  # the losses since the last log are not part of a checkpoint
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)  # type: ignore[misc]
+        if number:
+            step = self.state.global_step
+            if self.saved_step != step:
+                self._save_checkpoint(model, trial)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            _leave(number, f"after step {step} of {self.state.max_steps}: {self.args.output_dir}/checkpoint-{step}")
