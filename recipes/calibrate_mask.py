@@ -20,6 +20,7 @@ from lota.zero.world import join_world
 from recipes import data, data_checks
 from recipes.arguments import parse, validate
 from recipes.mask_phase import calibrate, mask_facts
+from recipes.one_view import alike, check_output_dir, check_same
 from recipes.preemption import listening
 from recipes.run_folder import RunFolder, rank, say, versions, world_size
 
@@ -28,10 +29,15 @@ from recipes.run_folder import RunFolder, rank, say, versions, world_size
 def main() -> None:
     started = time.monotonic()
     join_world()
-    args, config = parse()
-    notes = validate(args, config, mask_only=True)
-    sets = data.load(args, config.seed)
-    notes += data_checks.check(sets, args, config)
+    with alike():
+        args, config = parse()
+    with alike():
+        notes = validate(args, config, mask_only=True)
+    check_output_dir(str(config.output_dir))
+    with alike():
+        sets = data.load(args, config.seed)
+        notes += data_checks.check(sets, args, config)
+    check_same("rows", data.identity(sets))
     folder = RunFolder(args, config)
     for note in notes:
         say(note)

@@ -11,6 +11,7 @@ TRL takes out of them what they have in common. docs/data.md shows every form.
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -27,7 +28,7 @@ from recipes.data_files import Row, read_jsonl
 from recipes.data_forms import Form
 from recipes.run_folder import rank, say
 
-__all__ = ["Sets", "describe", "load", "read_jsonl"]
+__all__ = ["Sets", "describe", "identity", "load", "read_jsonl"]
 
 
 class Sets(NamedTuple):
@@ -60,6 +61,17 @@ def describe(args: DataArguments) -> str | list[dict[str, Any]]:
     if args.mixture is None:
         return found[0].source.describe()
     return [{"data": part.source.describe(), "weight": part.weight} for part in found]
+
+
+def identity(sets: Sets) -> str:
+    """Numbers of rows and a digest of some of them, for comparing what two ranks loaded."""
+    told = []
+    for name, rows in zip(("training", "evaluation"), sets):
+        if rows is not None:
+            some = rows.select(range(0, len(rows), max(1, len(rows) // 64)))
+            content = json.dumps([some.column_names, *some], default=str)
+            told.append(f"{len(rows)} {name} rows ({hashlib.sha256(content.encode()).hexdigest()[:12]})")
+    return ", ".join(told)
 
 
 Files = tuple[str, ...]

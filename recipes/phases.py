@@ -20,8 +20,9 @@ from trl import DPOTrainer, SFTTrainer
 
 from recipes import examples, lora
 from recipes.arguments import Config, LotaArguments, PreferenceConfig
-from recipes.checkpoints import WholeCheckpoints, adopt, chosen, step_of
+from recipes.checkpoints import WholeCheckpoints, adopt, chosen, is_complete, step_of
 from recipes.data import Sets
+from recipes.one_view import alike, from_rank_0
 from recipes.preemption import StopsWhenAsked, leave_if_asked
 from recipes.run_folder import RunFolder, rank, say, world_size
 from recipes.tokenizer import load_tokenizer
@@ -46,7 +47,10 @@ class Phase:
         train, evaluation = data
         self.name = name
         where = folder.checkpoints_of(name)
-        self._checkpoint = chosen(config.resume_from_checkpoint, where)
+        self._checkpoint = from_rank_0(lambda: chosen(config.resume_from_checkpoint, where))
+        with alike():
+            if self._checkpoint is not None and not is_complete(self._checkpoint):
+                raise ValueError(f"{self._checkpoint} is not a complete checkpoint")
         self._log = _Log(name, folder, 0 if self._checkpoint is None else step_of(self._checkpoint))
         # Evaluating at step 0 gives the base's loss from the very engine that trains.
         changes["eval_on_start"] = evaluation is not None and self._checkpoint is None

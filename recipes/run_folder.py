@@ -24,6 +24,7 @@ from lota.folder import write_text
 from lota.zero.agreement import together
 from recipes.arguments import Config, LotaArguments
 from recipes.checkpoints import check_request, wants_resume
+from recipes.one_view import alike, from_rank_0
 from recipes.tracking import Tracking
 
 LEFT_BY_A_RUN = (
@@ -39,12 +40,19 @@ class RunFolder:
     """
 
     def __init__(self, args: LotaArguments, config: Config) -> None:
-        """Refuse a folder that already holds a run, unless it is this very run and is asked to go on. Collective: no
-        rank looks after another has begun to write."""
+        """Refuse a folder that already holds a run, unless it is this very run and is asked to go on. Collective: what
+        rank 0 sees holds for all."""
         self.path = Path(str(config.output_dir))
         self.is_writer = rank() == 0
         self._tracking: Tracking | None = None
         options = resolved(args, config)
+        found = from_rank_0(lambda: self._left_behind(options, config))
+        if self.is_writer and not found:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+
+    def _left_behind(self, options: dict[str, Any], config: Config) -> list[str]:
+        """What there is of this run already; ValueError where it is another's, or may not be gone on with."""
         found = [name for name in LEFT_BY_A_RUN if (self.path / name).exists()]
         if found and not wants_resume(config.resume_from_checkpoint):
             raise ValueError(
@@ -54,10 +62,7 @@ class RunFolder:
         if found:
             self._check_same_run(options)
         check_request(config.resume_from_checkpoint, self.path)
-        barrier()
-        if self.is_writer and not found:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+        return found
 
     def _check_same_run(self, options: dict[str, Any]) -> None:
         if (self.path / "summary.json").is_file():
@@ -97,11 +102,12 @@ class RunFolder:
                 shutil.rmtree(self.path / "calibration", ignore_errors=True)
 
     def saved_mask(self) -> tuple[Mask, dict[str, Any]] | None:
-        """The mask that this run selected before it was stopped, and the facts about its calibration."""
-        if not (self.path / "mask").is_dir():
+        """The mask that this run selected before it was stopped, and the facts about its calibration. Collective."""
+        if not from_rank_0((self.path / "mask").is_dir):
             return None
-        facts = json.loads((self.path / "calibration.json").read_text(encoding="utf-8"))
-        return Mask.load(self.path / "mask"), facts
+        with alike():
+            facts = json.loads((self.path / "calibration.json").read_text(encoding="utf-8"))
+            return Mask.load(self.path / "mask"), facts
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """summary.json, the last thing a run writes: where it is, the run is complete."""
@@ -124,12 +130,14 @@ class RunFolder:
                 say(f"report.png was not drawn ({error!r}); try again: python recipes/report.py {self.path}")
 
     def keep_metrics(self, phase: str, last_step: int) -> list[dict[str, Any]]:
-        """Cut from metrics.jsonl what a phase logged after `last_step`; return what it logged until then."""
+        """Cut from metrics.jsonl what a phase logged after `last_step`; return what it logged until then.
+
+        Collective."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        with alike():  # and no rank reads after the first has written
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         rows = [row for line in lines if (row := _row(line)) is not None]
         kept = [row for row in rows if row["phase"] != phase or (row["step"] <= last_step and last_step > 0)]
-        barrier()  # no rank reads after the first has written
         if self.is_writer and len(kept) < len(lines):
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         return [row for row in kept if row["phase"] == phase]

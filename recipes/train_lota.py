@@ -29,6 +29,7 @@ from lota.zero.world import join_world
 from recipes import data, data_checks, deepspeed_options, dense_checkpoint, lora
 from recipes.arguments import Config, LotaArguments, PreferenceConfig, RecipeConfig, parse, validate
 from recipes.mask_phase import calibrate, mask_facts
+from recipes.one_view import alike, check_output_dir, check_same
 from recipes.phases import Phase, timed, training_dtype
 from recipes.planning import say_plan
 from recipes.preemption import listening
@@ -40,12 +41,17 @@ def main(config_class: type[Config] = RecipeConfig) -> None:
     """config_class: RecipeConfig fine-tunes on examples, PreferenceConfig (recipes/train_dpo.py) on preferences."""
     started = time.monotonic()
     join_world()
-    args, config = parse(config_class=config_class)
-    notes = validate(args, config)
-    check_shard_group_size(args.shard_group_size, world_size())
+    with alike():
+        args, config = parse(config_class=config_class)
+    with alike():
+        notes = validate(args, config)
+        check_shard_group_size(args.shard_group_size, world_size())
     say_plan(args, config)
-    sets = data.load(args, config.seed, is_preference=config_class is PreferenceConfig)
-    notes += data_checks.check(sets, args, config)
+    check_output_dir(str(config.output_dir))
+    with alike():
+        sets = data.load(args, config.seed, is_preference=config_class is PreferenceConfig)
+        notes += data_checks.check(sets, args, config)
+    check_same("rows", data.identity(sets))
     folder = RunFolder(args, config)
     for note in notes:
         say(note)
