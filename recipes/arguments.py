@@ -18,6 +18,7 @@ from lota.selection import validate_budget, validate_density
 from lota.ticket import Mask
 from lota.wording import did_you_mean
 from recipes import deepspeed_options
+from recipes.batch import settle, world_size
 from recipes.data_arguments import DataArguments
 
 METHODS = ("lota", "full", "lora")
@@ -63,6 +64,9 @@ class LotaArguments(SourceArguments):
         default=None, metadata={"help": "Patterns of tensor names, instead of attention and MLP weights."}
     )
     exclude: list[str] | None = field(default=None, metadata={"help": "Patterns of tensor names to leave out."})
+    global_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows a step over all ranks; gradient_accumulation_steps follows from it."}
+    )
     shard_group_size: int | None = field(default=None, metadata={"help": "Ranks that share one copy of the weights."})
     gradient_reduction: str = field(default="auto", metadata={"help": "auto, compact or dense."})
     kernels: str = field(default="auto", metadata={"help": "auto, torch or triton."})
@@ -148,7 +152,8 @@ def validate(
     Returns notes for the user: options of the config file that this method does not use. The same on the command
     line is an error, so that one file serves `--method lota`, `--method full` and `--mask PATH`.
     """
-    unused = _Unused(args, sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    unused = _Unused(args, argv)
     if not args.model_name_or_path:
         raise ValueError("model_name_or_path is missing: give a folder or a name on the hub")
     if config.save_only_model and config.save_strategy != "no":
@@ -171,6 +176,8 @@ def validate(
         raise ValueError(
             f"save_strategy is 'no', so {', '.join(sorted(idle))} would be ignored: add --save_strategy steps"
         )
+    if args.global_batch_size is not None:
+        settle(config, args.global_batch_size, world_size(), unused.on_command_line | set(keys_of_config(argv)))
     _choice("method", args.method, METHODS)
     deepspeed_options.check(config, is_sparse=args.method == "lota" and not mask_only)
     if args.ticket_dtype not in (None, "float32"):

@@ -19,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes run from
 from lota.zero.world import join_world
 from recipes import data, data_checks
 from recipes.arguments import parse, validate
+from recipes.batch import world_size
 from recipes.mask_phase import calibrate, mask_facts
 from recipes.one_view import alike, check_output_dir, check_same
 from recipes.preemption import listening
-from recipes.run_folder import RunFolder, rank, say, versions, world_size
+from recipes.run_folder import RunFolder, rank, say, versions
 
 
 @listening()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from transformers import set_seed
 from transformers.trainer_utils import rotate_checkpoints
 
 from lota.zero.agreement import together
+from recipes import contents
+from recipes.batch import Batch, whole_steps
 
 STATE_NAME = "trainer_state.json"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -43,6 +48,21 @@ class WholeCheckpoints:
         else:
             super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Every step of an epoch has all its rows, and the same ones on any number of ranks."""
+        sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        rows = Batch.of(self.args, self.args.world_size).rows
+        return whole_steps(sampler, rows, self.args.dataloader_drop_last)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The random states of a checkpoint of as many ranks; new ones, from the seed, on another number."""
+        if checkpoint is None:
+            return
+        if contents.read(Path(checkpoint))[0].ranks == self.args.world_size:
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        else:
+            set_seed(new_seed(self.args.seed, self.state.global_step, self.args.process_index))
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))  # type: ignore[misc]
         name = f"checkpoint-{self.state.global_step}"
@@ -60,12 +80,22 @@ class WholeCheckpoints:
             if self.args.should_save:
                 self.state.save_to_json(str(staging / name / STATE_NAME))
         self.accelerator.wait_for_everyone()
+        views: list[contents.Files | None] = [None] * dist.get_world_size()
+        with together():
+            view = contents.look(staging / name) if self.args.local_process_index == 0 else None
+        dist.all_gather_object(views, view)
         with together():
             if self.args.should_save:
+                contents.write(staging / name, Batch.of(self.args, self.args.world_size), views)
                 shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that went on from an older checkpoint
                 os.replace(staging / name, folder / name)
                 staging.rmdir()
                 rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=False)
+
+
+def new_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a rank that goes on from a checkpoint of another number of ranks; 32 bits."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:4], "little")
 
 
 def adopt(state: Any, args: Any) -> None:
@@ -84,8 +114,8 @@ def newest(folder: Path) -> Path | None:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether the Trainer's state and the engine's are there; in the recipes both appear together."""
-    return (path / STATE_NAME).is_file() and any(path.glob("global_step*/*"))
+    """Whether the last file of a checkpoint is there; in the recipes all appear together."""
+    return (path / contents.NAME).is_file()
 
 
 def step_of(path: Path) -> int:
@@ -110,19 +140,40 @@ def chosen(value: str | bool | None, folder: Path) -> Path | None:
     return path if path.absolute().parent == folder.absolute() else None
 
 
-def check_request(value: str | bool | None, run_folder: Path) -> None:
-    """ValueError where a checkpoint is asked for by path that is not a complete one of this run."""
-    if not wants_resume(value) or str(value).lower() == "true":
-        return
-    path = Path(str(value))
-    if path.absolute().parent not in (run_folder.absolute(), (run_folder / "calibration").absolute()):
-        raise ValueError(
-            f"resume_from_checkpoint must be true or a checkpoint of this run, got {path}, which does not lie in "
-            f"output_dir {run_folder}: give the output_dir of the run that it belongs to"
-        )
-    if not is_complete(path):
-        last = newest(path.parent)
-        raise ValueError(
-            f"{path} is not a complete checkpoint"
-            + (f"; the newest complete one is {last}" if last else "; there is none in its folder")
-        )
+def check_request(value: str | bool | None, run_folder: Path) -> Batch | None:
+    """The batch that the checkpoint to go on from was made with; None where there is none, so that a phase begins.
+
+    ValueError where it is damaged, or was asked for by path and is not a complete one of this run.
+    """
+    if not wants_resume(value):
+        return None
+    calibration = run_folder / "calibration"
+    if str(value).lower() == "true":
+        path = newest(run_folder) or newest(calibration)
+        if path is None:
+            return None
+    else:
+        path = Path(str(value))
+        if path.absolute().parent not in (run_folder.absolute(), calibration.absolute()):
+            raise ValueError(
+                f"resume_from_checkpoint must be true or a checkpoint of this run, got {path}, which does not lie in "
+                f"output_dir {run_folder}: give the output_dir of the run that it belongs to"
+            )
+        if not is_complete(path):
+            raise ValueError(f"{path} is not a complete checkpoint; {_last_sound(path)}")
+    try:
+        return contents.verify(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_last_sound(path)}") from None
+
+
+def _last_sound(path: Path) -> str:
+    """What can be gone on from instead of `path`."""
+    others = [other for other in path.parent.glob("checkpoint-*") if _FOLDER.fullmatch(other.name) and other != path]
+    for other in sorted(others, key=step_of, reverse=True):
+        try:
+            contents.verify(other)
+        except ValueError:
+            continue
+        return f"the newest complete one is {other}: give --resume_from_checkpoint {other}"
+    return "there is none in its folder that is complete"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from glob import glob
@@ -11,6 +12,8 @@ from typing import Any
 import pandas as pd
 from datasets import Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
+
+from recipes.data_arguments import DataArguments, parts
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -31,6 +34,29 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
                 raise ValueError(f"expected a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, got {path}")
         found += paths
     return found
+
+
+def named_files(args: DataArguments) -> list[Path]:
+    """All local files that the rows of a run come from, for training or evaluation."""
+    given = [files for part in parts(args) for files in (part.source.train_file, part.source.eval_file) if files]
+    return sorted(set(find_files([pattern for files in given for pattern in files])))
+
+
+PIECE, NUM_PIECES = 1 << 20, 16
+
+
+def file_identity(path: Path) -> dict[str, Any]:
+    """Length and sha256 of a file; of one above 16 MiB, of 16 pieces of 1 MiB spread over it, the last at its end."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        if size <= NUM_PIECES * PIECE:
+            digest.update(file.read())
+        else:
+            for number in range(NUM_PIECES):
+                file.seek((size - PIECE) * number // (NUM_PIECES - 1))
+                digest.update(file.read(PIECE))
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def file_rows(path: Path) -> Iterator[Row]:

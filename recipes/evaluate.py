@@ -34,11 +34,12 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lota.ticket import Ticket
+from recipes.batch import world_size
 from recipes.evaluation_data import evaluation_rows, reference
 from recipes.evaluation_options import DTYPES, EvaluateArguments, decoding, parse, task_settings
 from recipes.harness import Harness
 from recipes.metrics import check_references
-from recipes.run_folder import rank, say, versions, world_size
+from recipes.run_folder import rank, say, versions
 from recipes.scoreboard import Scoreboard
 from recipes.scoring import RowSettings, Switch, check_fit, score_rows
 from recipes.tokenizer import load_tokenizer

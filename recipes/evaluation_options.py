@@ -17,11 +17,11 @@ from recipes.arguments import (
     names_on_command_line,
     refuse_unknown,
 )
+from recipes.batch import world_size
 from recipes.evaluation_data import has_rows
 from recipes.generation import Decoding
 from recipes.harness import TaskSettings
 from recipes.metrics import TEXT_METRICS, check_metrics
-from recipes.run_folder import world_size
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -18,13 +18,14 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, ProgressCallback, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
-from recipes import examples, lora
+from recipes import contents, examples, lora
 from recipes.arguments import Config, LotaArguments, PreferenceConfig
+from recipes.batch import Batch, world_size
 from recipes.checkpoints import WholeCheckpoints, adopt, chosen, is_complete, step_of
 from recipes.data import Sets
 from recipes.one_view import alike, from_rank_0
 from recipes.preemption import StopsWhenAsked, leave_if_asked
-from recipes.run_folder import RunFolder, rank, say, world_size
+from recipes.run_folder import RunFolder, rank, say
 from recipes.tokenizer import load_tokenizer
 
 _DOING = {"calibrate": "calibration", "train": "training"}
@@ -111,6 +112,12 @@ class Phase:
         self._show_examples()
         if self._checkpoint is not None:
             say(f"{self.name}: going on from {self._checkpoint}")
+            ranks = contents.read(self._checkpoint)[0].ranks
+            if ranks != world_size():
+                say(
+                    f"{self.name}: the checkpoint has the random states of {ranks} ranks; these {world_size()} begin "
+                    "with new ones, from the seed, the step and the rank"
+                )
         started = time.monotonic()
         output = self.trainer.train(None if self._checkpoint is None else str(self._checkpoint))
         # The Trainer's own mean leaves out what came before it was resumed.
@@ -204,14 +211,15 @@ def training_dtype(config: Config) -> torch.dtype:
 
 def batch_arithmetic(config: Config, train: Dataset) -> str:
     """How many rows make a step, and how many steps there are."""
-    micro, accumulation, ranks = config.per_device_train_batch_size, config.gradient_accumulation_steps, world_size()
-    per_step = micro * accumulation * ranks
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(len(train) / per_step * config.num_train_epochs)
+    batch = Batch.of(config, world_size())
+    length = len(train)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(length / batch.rows * config.num_train_epochs)
     num_trained = examples.num_trained_tokens(train, config.max_length)
+    rest = length % batch.rows
     return (
-        f"{per_step} rows a step ({micro} a micro batch x {accumulation} micro steps x {ranks} ranks), about {steps} "
-        f"steps over {len(train)} rows with {num_trained} trained tokens, learning rate "
+        f"{batch}, about {steps} steps over {length} rows with {num_trained} trained tokens, learning rate "
         f"{config.learning_rate:g}"
+        + (f"; the last step of an epoch has {rest} of them and {batch.rows - rest} drawn once more" if rest else "")
     )
 
 

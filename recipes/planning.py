@@ -13,8 +13,9 @@ from lota.selection import eligible
 from lota.ticket import Mask
 from recipes import deepspeed_options
 from recipes.arguments import Config, LotaArguments
+from recipes.batch import world_size
 from recipes.phases import needs_reference, training_dtype
-from recipes.run_folder import rank, say, world_size
+from recipes.run_folder import rank, say
 
 
 def say_plan(args: LotaArguments, config: Config) -> None:

@@ -22,7 +22,9 @@ from lota import Mask
 from lota.card import write_ticket_card
 from lota.folder import write_text
 from lota.zero.agreement import together
+from recipes import same_run
 from recipes.arguments import Config, LotaArguments
+from recipes.batch import Batch, world_size
 from recipes.checkpoints import check_request, wants_resume
 from recipes.one_view import alike, from_rank_0
 from recipes.tracking import Tracking
@@ -41,47 +43,47 @@ class RunFolder:
 
     def __init__(self, args: LotaArguments, config: Config) -> None:
         """Refuse a folder that already holds a run, unless it is this very run and is asked to go on. Collective: what
-        rank 0 sees holds for all."""
+        rank 0 sees holds for all. config.yaml then holds the options in force from here on."""
         self.path = Path(str(config.output_dir))
         self.is_writer = rank() == 0
         self._tracking: Tracking | None = None
-        options = resolved(args, config)
-        found = from_rank_0(lambda: self._left_behind(options, config))
-        if self.is_writer and not found:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+        from_rank_0(lambda: self._begin(args, config))
 
-    def _left_behind(self, options: dict[str, Any], config: Config) -> list[str]:
-        """What there is of this run already; ValueError where it is another's, or may not be gone on with."""
+    def _begin(self, args: LotaArguments, config: Config) -> None:
+        """ValueError where there is another run, or one that may not be gone on with."""
+        options, facts = resolved(args, config), same_run.facts(args, config, world_size())
         found = [name for name in LEFT_BY_A_RUN if (self.path / name).exists()]
         if found and not wants_resume(config.resume_from_checkpoint):
             raise ValueError(
                 f"output_dir {self.path} already holds a run ({', '.join(found)}): choose another, remove it first, or "
                 "go on with it by --resume_from_checkpoint true"
             )
-        if found:
-            self._check_same_run(options)
-        check_request(config.resume_from_checkpoint, self.path)
-        return found
+        before, facts_before = self._begun() if found else (None, None)
+        if before is not None:
+            same_run.check_options(before, options, self.path)
+            options.pop("resume_from_checkpoint", None)  # the file is for a run from the start
+            options |= {name: before[name] for name in ("resume_from_checkpoint",) if name in before}
+        made_with = check_request(config.resume_from_checkpoint, self.path)
+        if made_with is not None:
+            same_run.check_ranks(made_with, Batch.of(config, world_size()), args.method, config)
+        if facts_before is not None:
+            same_run.check_facts(facts_before, facts, self.path)
+        if self.is_writer:
+            # The file that says there is a run is the last one.
+            self.path.mkdir(parents=True, exist_ok=True)
+            _update(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
+            _update(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
 
-    def _check_same_run(self, options: dict[str, Any]) -> None:
+    def _begun(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """config.yaml and run.json of the run in this folder; ValueError where it is complete or lacks one of them."""
         if (self.path / "summary.json").is_file():
             raise ValueError(f"output_dir {self.path} holds a complete run, so there is nothing to go on with")
         try:
-            before = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"output_dir {self.path} holds a run without config.yaml: choose another") from None
-        names = sorted({*before, *options} - _MAY_CHANGE)
-        differing = [
-            f"{name} was {before.get(name)!r}, now {options.get(name)!r}"
-            for name in names
-            if before.get(name) != options.get(name)
-        ]
-        if differing:
-            raise ValueError(
-                f"output_dir {self.path} holds a run with other options ({'; '.join(differing)}). A run goes on with "
-                "the options it began with: give those, or another output_dir"
-            )
+            options = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+            return options, json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            missing = Path(error.filename).name
+            raise ValueError(f"output_dir {self.path} holds a run without {missing}: choose another") from None
 
     def checkpoints_of(self, phase: str) -> Path:
         """Where the checkpoints of a phase are."""
@@ -167,6 +169,8 @@ def resolved(args: LotaArguments, config: Config) -> dict[str, Any]:
         value = getattr(value, "value", value)
         if name in _ALWAYS_WRITTEN or (entry.init and _is_plain(value) and value != entry.default):
             options[name] = value
+    if args.global_batch_size is not None:
+        options.pop("gradient_accumulation_steps", None)  # follows from it
     if options.get("deepspeed", "") is None:
         del options["deepspeed"]  # accelerate's, which the launch brings again
     for name in _FILLED_IN:
@@ -177,11 +181,6 @@ def resolved(args: LotaArguments, config: Config) -> dict[str, Any]:
     return yaml.safe_load(yaml.safe_dump(options))
 
 
-# What a run may be resumed with another value of: nothing that trained weights depend on.
-_MAY_CHANGE = {
-    *("resume_from_checkpoint", "output_dir", "save_strategy", "save_steps", "save_total_limit", "merged", "run_name"),
-    *("logging_steps", "logging_strategy", "logging_first_step", "report_to", "dataloader_num_workers", "kernels"),
-}
 _ALWAYS_WRITTEN = ("learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed", "max_length")
 # Filled in by TrainingArguments from the machine or from other options; they resolve again when the file is used.
 _FILLED_IN = (
@@ -204,11 +203,6 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
-def world_size() -> int:
-    """Number of ranks."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
@@ -219,6 +213,11 @@ def say(text: str) -> None:
     """Print on rank 0."""
     if rank() == 0:
         print(f"[lota] {text}", flush=True)
+
+
+def _update(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
 
 
 def _row(line: str) -> dict[str, Any] | None:

@@ -19,10 +19,11 @@ from lota.apply import Applied, apply_, exchange_
 from lota.folder import write_text
 from lota.ticket import Ticket
 from recipes.answers import encode, score_answers
+from recipes.batch import world_size
 from recipes.evaluation_data import Row, reference
 from recipes.generation import Decoding, write_answers
 from recipes.metrics import TEXT_METRICS, scorer
-from recipes.run_folder import rank, say, world_size
+from recipes.run_folder import rank, say
 
 
 @dataclass(frozen=True)

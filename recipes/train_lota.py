@@ -28,12 +28,13 @@ from lota.zero.groups import check_shard_group_size
 from lota.zero.world import join_world
 from recipes import data, data_checks, deepspeed_options, dense_checkpoint, lora
 from recipes.arguments import Config, LotaArguments, PreferenceConfig, RecipeConfig, parse, validate
+from recipes.batch import world_size
 from recipes.mask_phase import calibrate, mask_facts
 from recipes.one_view import alike, check_output_dir, check_same
 from recipes.phases import Phase, timed, training_dtype
 from recipes.planning import say_plan
 from recipes.preemption import listening
-from recipes.run_folder import RunFolder, rank, say, versions, world_size
+from recipes.run_folder import RunFolder, rank, say, versions
 
 
 @listening()

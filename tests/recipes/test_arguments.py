@@ -22,6 +22,13 @@ def checked(*argv: str, mask_only: bool = False) -> tuple[LotaArguments, RecipeC
     return args, config, validate(args, config, mask_only=mask_only, argv=words)
 
 
+def data_file(folder: Path, text: str = '{"prompt": "a", "completion": "b"}\n') -> tuple[str, str]:
+    """--train_file and a file of one row."""
+    path = folder / "rows.jsonl"
+    path.write_text(text, encoding="utf-8")
+    return "--train_file", str(path)
+
+
 def test_defaults() -> None:
     args, config, notes = checked("--learning_rate", "1e-2")
     assert (args.density, args.budget, args.score, args.calibration_steps) == (0.1, "global", "task_vector", 200)
@@ -112,7 +119,7 @@ def test_mask_skips_calibration_and_has_none_to_calibrate(tmp_path: Path) -> Non
 
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
-    args, config, _ = checked("--learning_rate", "1e-2", "--output_dir", str(tmp_path / "run"))
+    args, config, _ = checked("--learning_rate", "1e-2", "--output_dir", str(tmp_path / "run"), *data_file(tmp_path))
     RunFolder(args, config)
     with pytest.raises(ValueError, match=r"already holds a run \(config.yaml\).*--resume_from_checkpoint true"):
         RunFolder(args, config)
@@ -130,7 +137,7 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_run_goes_on_with_its_own_options(tmp_path: Path, changed: tuple[str, ...], message: str) -> None:
-    argv = ["--learning_rate", "1e-2", "--output_dir", str(tmp_path)]
+    argv = ["--learning_rate", "1e-2", "--output_dir", str(tmp_path), *data_file(tmp_path)]
     args, config, _ = checked(*argv)
     RunFolder(args, config)
     changed = tuple(word.replace("HERE", str(tmp_path)) for word in changed)
@@ -144,7 +151,7 @@ def test_a_run_goes_on_with_its_own_options(tmp_path: Path, changed: tuple[str, 
 
 def test_the_resolved_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
     argv = ["--learning_rate", "1e-2", "--density", "0.05", "--max_steps", "7", "--include", "mlp", "--seed", "3"]
-    argv += ["--report_to", "tensorboard", "--pad_to_multiple_of", "8"]
+    argv += ["--report_to", "tensorboard", "--pad_to_multiple_of", "8", *data_file(tmp_path)]
     args, config, _ = checked(*argv, "--output_dir", str(tmp_path / "run"))
     RunFolder(args, config)
     words = ["--config", str(tmp_path / "run" / "config.yaml")]
@@ -166,7 +173,7 @@ def test_the_resolved_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
 
 
 def test_metrics_go_on_after_a_line_that_was_cut(tmp_path: Path) -> None:
-    args, config, _ = checked("--output_dir", str(tmp_path))
+    args, config, _ = checked("--output_dir", str(tmp_path), *data_file(tmp_path))
     folder = RunFolder(args, config)
     for step in (1, 2, 3):
         folder.add_metrics({"phase": "train", "step": step})

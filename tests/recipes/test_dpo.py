@@ -76,7 +76,7 @@ def test_a_run_that_stopped_after_a_checkpoint_gives_the_same_ticket(ranks, base
     straight = run(ranks, base, "straight", *options)
     stopped = base / "stopped"
     stopped.mkdir()
-    for name in ("config.yaml", "metrics.jsonl", "calibration.json"):
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "calibration.json"):
         shutil.copy(straight / name, stopped / name)
     for name in ("mask", "checkpoint-2"):
         shutil.copytree(straight / name, stopped / name)

@@ -70,7 +70,7 @@ def test_the_main_job(world: Path, tmp_path: Path) -> None:
         *("--logging_steps", "1", "--gradient_accumulation_steps", "2", "--ticket_dtype", "float32"),
     )
     left = {"calibration.json", "config.yaml", "examples.txt", "mask", "merged", "metrics.jsonl"}
-    left |= {"report.png", "summary.json", "ticket"}
+    left |= {"report.png", "run.json", "summary.json", "ticket"}
     assert {path.name for path in out.iterdir()} == left
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     card = (out / "ticket" / "README.md").read_text(encoding="utf-8")

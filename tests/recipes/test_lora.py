@@ -74,8 +74,8 @@ def test_the_baseline(ranks, base: Path) -> None:
     assert jobs.losses(output) == plain["losses"] and len(plain["losses"]) == 3
 
     names = {path.name for path in output.iterdir()}
-    left = {"adapter", "checkpoint-3", "config.yaml", "examples.txt", "merged", "metrics.jsonl", "summary.json"}
-    assert names - {"report.png"} == left
+    left = {"adapter", "checkpoint-3", "config.yaml", "examples.txt", "merged", "metrics.jsonl", "run.json"}
+    assert names - {"report.png", "summary.json"} == left
     summary = jobs.summary(output)
     report, trained = summary["training"]["report"], 2 * 3 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 56))
     adapter = load_file(output / "adapter" / "adapter_model.safetensors")

@@ -90,9 +90,10 @@ def test_the_headline_and_the_average() -> None:
 
 
 def test_a_picture_that_fails_does_not_cost_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args, config = parse(["--output_dir", str(tmp_path / "run")])
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    args, config = parse(["--output_dir", str(tmp_path / "run"), "--train_file", str(tmp_path / "rows.jsonl")])
     folder = RunFolder(args, config)
     (folder.path / "metrics.jsonl").write_text("not JSON\n", encoding="utf-8")
     folder.draw_report({})
     assert "report.png was not drawn (JSONDecodeError" in capsys.readouterr().out
-    assert sorted(file.name for file in folder.path.iterdir()) == ["config.yaml", "metrics.jsonl"]
+    assert sorted(file.name for file in folder.path.iterdir()) == ["config.yaml", "metrics.jsonl", "run.json"]

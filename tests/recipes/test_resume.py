@@ -15,6 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerState
 from trl import SFTConfig
 
+from recipes import contents
+from recipes.batch import Batch
 from recipes.checkpoints import adopt, chosen, newest
 from tests.recipes.test_end_to_end import ROOT, command_of, launch, succeed, world
 
@@ -106,7 +108,7 @@ def test_the_newest_complete_checkpoint_is_chosen(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "checkpoint.json").touch()
         if step < 100:
-            (folder.parent / "trainer_state.json").touch()
+            contents.write(folder.parent, Batch(1, 1, 2), [contents.look(folder.parent)])
     (tmp_path / ".checkpoint-200.partial").mkdir()
     assert newest(tmp_path) == tmp_path / "checkpoint-20"
     assert chosen("true", tmp_path) == tmp_path / "checkpoint-20"
