@@ -20,10 +20,11 @@ from lota.zero.world import join_world
 from recipes import data, data_checks
 from recipes.arguments import parse, validate
 from recipes.batch import world_size
+from recipes.job import RESUME, run_job, watch_ranks
 from recipes.mask_phase import calibrate, mask_facts
 from recipes.one_view import alike, check_output_dir, check_same
 from recipes.preemption import listening
-from recipes.run_folder import RunFolder, rank, say, versions
+from recipes.run_folder import RunFolder, say, versions
 
 
 @listening()
@@ -32,6 +33,7 @@ def main() -> None:
     join_world()
     with alike():
         args, config = parse()
+    watch_ranks()
     with alike():
         notes = validate(args, config, mask_only=True)
     check_output_dir(str(config.output_dir))
@@ -54,9 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        if rank() == 0:
-            print(f"[lota] {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    run_job(main, advice=RESUME)

@@ -38,6 +38,7 @@ from recipes.batch import world_size
 from recipes.evaluation_data import evaluation_rows, reference
 from recipes.evaluation_options import DTYPES, EvaluateArguments, decoding, parse, task_settings
 from recipes.harness import Harness
+from recipes.job import run_job, watch_ranks
 from recipes.metrics import check_references
 from recipes.run_folder import rank, say, versions
 from recipes.scoreboard import Scoreboard
@@ -57,6 +58,7 @@ class Candidate:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     _join_ranks()
+    watch_ranks()
     how = RowSettings(tuple(args.metrics), decoding(args), args.batch_size, args.predictions)
     rows = evaluation_rows(args, args.seed)[: args.limit] if args.metrics else []
     check_references(args.metrics, [reference(row) for row in rows])
@@ -220,9 +222,4 @@ def _timed(entry: dict[str, Any], name: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        if rank() == 0:
-            print(f"[lota] {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    run_job(main)

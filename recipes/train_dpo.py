@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes run from
 
 from recipes import train_lota
 from recipes.arguments import PreferenceConfig
-from recipes.run_folder import rank
+from recipes.job import RESUME, run_job
 
 
 def main() -> None:
@@ -28,9 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        if rank() == 0:
-            print(f"[lota] {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    run_job(main, advice=RESUME)

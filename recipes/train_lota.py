@@ -29,12 +29,13 @@ from lota.zero.world import join_world
 from recipes import data, data_checks, deepspeed_options, dense_checkpoint, lora
 from recipes.arguments import Config, LotaArguments, PreferenceConfig, RecipeConfig, parse, validate
 from recipes.batch import world_size
+from recipes.job import RESUME, run_job, watch_ranks
 from recipes.mask_phase import calibrate, mask_facts
 from recipes.one_view import alike, check_output_dir, check_same
 from recipes.phases import Phase, timed, training_dtype
 from recipes.planning import say_plan
 from recipes.preemption import listening
-from recipes.run_folder import RunFolder, rank, say, versions
+from recipes.run_folder import RunFolder, say, versions
 
 
 @listening()
@@ -44,6 +45,7 @@ def main(config_class: type[Config] = RecipeConfig) -> None:
     join_world()
     with alike():
         args, config = parse(config_class=config_class)
+    watch_ranks()
     with alike():
         notes = validate(args, config)
         check_shard_group_size(args.shard_group_size, world_size())
@@ -165,9 +167,4 @@ def train_ticket(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        if rank() == 0:
-            print(f"[lota] {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    run_job(main, advice=RESUME)

@@ -22,14 +22,16 @@ _SEVERAL = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_ST
 
 def join_world() -> None:
     """Make this process ready to be a rank. On CPUs collective; on accelerators the trainer makes the groups."""
-    if not dist.is_initialized():
-        if not any(name in os.environ for name in _LAUNCHED) and not any(
-            int(os.environ.get(name, "1")) > 1 for name in _SEVERAL
-        ):
-            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            os.environ.setdefault("MASTER_PORT", str(_free_port()))
-        if get_accelerator().device_name() == "cpu":
+    is_launched = any(name in os.environ for name in _LAUNCHED)
+    if not (dist.is_initialized() or is_launched or any(int(os.environ.get(name, "1")) > 1 for name in _SEVERAL)):
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if get_accelerator().device_name() == "cpu":
+        # DeepSpeed would compile an operation for tensor-parallel inference, whose 67 MB a rank stay in /dev/shm when
+        # the job is over, and whose start waits for ever for a rank that died.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if not dist.is_initialized():
             deepspeed.init_distributed(verbose=False)
     atexit.unregister(_leave_world)
     atexit.register(_leave_world)
