@@ -15,6 +15,7 @@ from lota.wording import did_you_mean
 from lota.zero.calibration_run import CalibrationRun
 from lota.zero.engine import substituted
 from lota.zero.scores import SCORES
+from lota.zero.skipped import DEFAULT_MAX_SKIPPED_STEPS
 from lota.zero.sparse_run import SparseRun
 from lota.zero.world import join_world
 
@@ -78,6 +79,7 @@ def calibration_zero3(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     seed: int = 0,
+    max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
 ) -> Iterator[Calibration]:
     """Calibrate with the training script inside the block: `run.mask()` afterwards gives the mask.
 
@@ -85,8 +87,8 @@ def calibration_zero3(
     sharded over all ranks. `task_vector` trains densely (eligible tensors only) and scores |fp32 master - base|;
     `gradient`, `fisher` and `snip` accumulate scores in place of steps and leave the weights alone; `magnitude` and
     `random` look at the weights only. protect: masks, tickets or their paths, whose entries are never chosen. include,
-    exclude: patterns over tensor names (see `lota.selection.eligible`). ValueError for what is wrong or unsupported,
-    before training.
+    exclude: patterns over tensor names (see `lota.selection.eligible`). max_skipped_steps: see `sparse_zero3`.
+    ValueError for what is wrong or unsupported, before training.
     """
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}" + did_you_mean(score, SCORES))
@@ -97,6 +99,7 @@ def calibration_zero3(
         score,
         lambda shapes: eligible(shapes, include, exclude),
         lambda shapes, base: check(shapes, density=density, budget=budget, protect=masks, base=base),
+        max_skipped_steps,
     )
     with _block(run):
         yield Calibration(run, density, budget, masks, seed)
@@ -110,6 +113,7 @@ def sparse_zero3(
     gradient_reduction: str = "auto",
     reduce_every: str = "micro_step",
     kernels: str = "auto",
+    max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
 ) -> Iterator[SparseRun]:
     """Train only the active entries of `mask` with the training script inside the block; `run.save_ticket(path)`
     afterwards.
@@ -139,6 +143,7 @@ def sparse_zero3(
         shard_group_size=shard_group_size,
         gradient_reduction=gradient_reduction,
         once_per_step=reduce_every == "step",
+        max_skipped_steps=max_skipped_steps,
     )
     with using(kernels, run.device), _block(run):
         yield run

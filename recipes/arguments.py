@@ -17,6 +17,7 @@ from lota.seams import GRADIENT_REDUCTIONS
 from lota.selection import validate_budget, validate_density
 from lota.ticket import Mask
 from lota.wording import did_you_mean
+from lota.zero.skipped import DEFAULT_MAX_SKIPPED_STEPS, check_max_skipped_steps
 from recipes import deepspeed_options
 from recipes.batch import settle, world_size
 from recipes.data_arguments import DataArguments
@@ -70,6 +71,10 @@ class LotaArguments(SourceArguments):
     shard_group_size: int | None = field(default=None, metadata={"help": "Ranks that share one copy of the weights."})
     gradient_reduction: str = field(default="auto", metadata={"help": "auto, compact or dense."})
     kernels: str = field(default="auto", metadata={"help": "auto, torch or triton."})
+    max_skipped_steps: int = field(
+        default=DEFAULT_MAX_SKIPPED_STEPS,
+        metadata={"help": "So many steps in a row without finite gradients end the run."},
+    )
     ticket_dtype: str | None = field(default=None, metadata={"help": "float32 keeps masters (the weights' own dtype)."})
     lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter (16)."})
     lora_alpha: int | None = field(default=None, metadata={"help": "The adapter is scaled by alpha / r (32)."})
@@ -182,6 +187,7 @@ def validate(
     deepspeed_options.check(config, is_sparse=args.method == "lota" and not mask_only)
     if args.ticket_dtype not in (None, "float32"):
         raise ValueError(f"ticket_dtype must be float32 or left out (the weights' own), got {args.ticket_dtype!r}")
+    check_max_skipped_steps(args.max_skipped_steps)
     _choice("gradient_reduction", args.gradient_reduction, GRADIENT_REDUCTIONS)
     with using(args.kernels, config.device):
         pass  # refused now, not after calibration
@@ -191,7 +197,7 @@ def validate(
         if mask_only:
             raise ValueError(f"method: {args.method} has no mask to calibrate; use method: lota")
         what = "every weight" if args.method == "full" else "an adapter"
-        unused.drop(f"method: {args.method} trains {what}", (*_CALIBRATION, "mask", *_SPARSE))
+        unused.drop(f"method: {args.method} trains {what}", (*_CALIBRATION, "mask", *_SPARSE, "max_skipped_steps"))
         if args.method == "lora":
             _fill_lora(args)
     elif args.mask is not None:

@@ -46,6 +46,7 @@ def calibrate(
             include=args.include,
             exclude=args.exclude,
             seed=config.seed,
+            max_skipped_steps=args.max_skipped_steps,
         ) as run,
     ):
         phase = Phase("calibrate", args, config, Sets(data.train, evaluation), folder, **changes)

@@ -6,7 +6,7 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -83,6 +83,7 @@ class Phase:
         self.trainer.remove_callback(ProgressCallback)
         self.folder = folder
         self._num_dropped = 0 if getattr(self.config, "packing", False) else len(train) - len(self.prepared)
+        self._log.num_skipped = lambda: self.trainer.deepspeed.skipped_steps
         self.trainer.add_callback(self._log)
         if name == "calibrate":
             self.trainer.add_callback(_NoLastCheckpoint())
@@ -243,6 +244,7 @@ class _Log(TrainerCallback):
         self.first_eval_loss: float | None = next((row["eval_loss"] for row in rows if "eval_loss" in row), None)
         self.last_loss: float | None = next((row["loss"] for row in reversed(rows) if "loss" in row), None)
         self.num_micro_steps = 0
+        self.num_skipped: Callable[[], int] = lambda: 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         adopt(state, args)
@@ -259,6 +261,8 @@ class _Log(TrainerCallback):
         if self.first_eval_loss is None:
             self.first_eval_loss = row.get("eval_loss")
         self.last_loss = row.get("loss", self.last_loss)
+        if "loss" in row:
+            row["skipped_steps"] = self.num_skipped()
         self.folder.add_metrics({"phase": self.phase, "step": state.global_step} | row)
 
 

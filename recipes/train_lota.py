@@ -125,6 +125,7 @@ def train_ticket(
             shard_group_size=args.shard_group_size,
             gradient_reduction=args.gradient_reduction,
             kernels=args.kernels,
+            max_skipped_steps=args.max_skipped_steps,
         ) as run,
     ):
         phase = Phase("train", args, config, sets, folder, **changes)

@@ -99,8 +99,11 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     import deepspeed
     import torch
 
+    from lota.zero.world import leave_out_shared_memory
+
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     torch.set_num_threads(1)
+    leave_out_shared_memory()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     pipe.send(Outcome())
     while True:

@@ -17,6 +17,7 @@ from lota.zero.frozen import Freeze
 from lota.zero.groups import make_groups
 from lota.zero.run import BUCKET_NUMEL, BlockRun
 from lota.zero.scores import GRADIENT_SCORES, GradientScores, Piece, TaskVectorScores, WeightScores, piece_of
+from lota.zero.skipped import DEFAULT_MAX_SKIPPED_STEPS
 
 
 class CalibrationRun(BlockRun):
@@ -33,8 +34,9 @@ class CalibrationRun(BlockRun):
         score: str,
         eligible: Callable[[Mapping[str, tuple[int, ...]]], Sequence[str]],
         check: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, BaseTensor] | None], None],
+        max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
     ) -> None:
-        super().__init__()
+        super().__init__(max_skipped_steps)
         self.score, self._eligible, self._check = score, eligible, check
         self.optimizer_class = None if score == "task_vector" else engines.CompactOptimizer
         self.names: tuple[str, ...] = ()
@@ -86,6 +88,16 @@ class CalibrationRun(BlockRun):
             self._check_optimizer_holds(self.names, engine.optimizer, "calibration scores")
             self.core = TaskVectorScores(self._pieces(engine.module), DenseState(engine))
 
+    def after_step(self, was_skipped: bool, scale_may_fall: bool) -> None:
+        if self.core.is_spoilt:
+            self.skipped.stop(
+                self.engine.global_steps,
+                self.core.not_finite(),
+                cure="It is part of the score already: with gradient_accumulation_steps of 2 or more, such batches are "
+                "left out. ",
+            )
+        super().after_step(was_skipped, scale_may_fall)
+
     def _identity(self) -> dict[str, Any]:
         optimizer = type(self.engine.optimizer.optimizer).__name__ if self.score == "task_vector" else "none"
         return {
@@ -109,4 +121,10 @@ class CalibrationRun(BlockRun):
                 piece.weights.numel() for piece in self._pieces(self.engine.module)
             )
         numel = sum(torch.Size(shape).numel() for shape in self.shapes.values())
-        return {"score": self.score, "eligible": numel, "steps": self.engine.global_steps, "bytes_held": held}
+        return {
+            "score": self.score,
+            "eligible": numel,
+            "steps": self.engine.global_steps,
+            "skipped_steps": self.engine.skipped_steps,
+            "bytes_held": held,
+        }

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from deepspeed.utils import (
     safe_get_local_fp32_param,
+    safe_get_local_grad,
     safe_get_local_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
@@ -36,6 +37,10 @@ class DenseState:
         if kind == "master":
             return safe_get_local_fp32_param(param).detach()
         return safe_get_local_optimizer_state(param, kind).detach()
+
+    def gradient(self, name: str) -> Tensor | None:
+        """The gradient that the next step will use, scaled as it is; None where there is none."""
+        return safe_get_local_grad(self._parameters[name])
 
     def put(self, name: str, kind: str, values: Tensor) -> None:
         """values: the real part of the piece; its padding stays as it is."""

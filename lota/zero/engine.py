@@ -49,6 +49,8 @@ class Run(Protocol):
 
     def prepare(self, model: torch.nn.Module, engine_config: Any) -> None: ...
     def weight_group(self) -> Any: ...
+    def before_step(self) -> None: ...
+    def after_step(self, was_skipped: bool, scale_may_fall: bool) -> None: ...
     def build(self, optimizer: Any, engine: Any) -> Any: ...
     def built(self, engine: Any) -> None: ...
     def save_checkpoint(self, save_dir: Path, tag: Any, client_state: Mapping[str, Any], save_latest: bool) -> None: ...
@@ -146,6 +148,19 @@ class LotaEngine(DeepSpeedEngine):
                 "mask() or release(); to evaluate, call engine.eval() or use torch.no_grad()"
             )
         return super().forward(*inputs, **kwargs)
+
+    def step(self, lr_kwargs: Any = None) -> None:
+        """DeepSpeed's step; FloatingPointError on every rank after too many in a row that were skipped."""
+        if not self.is_lota:
+            super().step(lr_kwargs)
+            return
+        scale_may_fall = _scale_may_fall(self.optimizer)
+        if self.is_gradient_accumulation_boundary() or not self.managed_gradient_accumulation():
+            self.run.before_step()
+        before = self.global_steps
+        super().step(lr_kwargs)
+        if self.global_steps > before:
+            self.run.after_step(not self.was_step_applied(), scale_may_fall)
 
     def destroy(self) -> None:
         self._is_destroyed = True
@@ -391,6 +406,16 @@ class SparseOptimizer(CompactOptimizer):
 
     def get_hp_param_device(self, param: Any, optim_state_key: str | None = None) -> torch.device | None:  # type: ignore[override]
         return self.core.slot(self.param_names[param])[0].master.device if param.requires_grad else None
+
+
+def _scale_may_fall(optimizer: Any) -> bool:
+    """Whether a skipped step is followed by one with a lower loss scale. At the lowest DeepSpeed itself would raise,
+    without a name: that is left to the run."""
+    scaler: Any = getattr(optimizer, "loss_scaler", None)
+    if not getattr(scaler, "dynamic", False):
+        return False
+    scaler.raise_error_at_min_scale = False
+    return bool(scaler.cur_scale > scaler.min_scale)
 
 
 def _check_unused(model: torch.nn.Module) -> None:

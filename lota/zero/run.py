@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
 
 from lota.ticket import BaseTensor
 from lota.zero import engine as engines
@@ -17,6 +18,7 @@ from lota.zero import resume, weights
 from lota.zero.base import fingerprints
 from lota.zero.frozen import Freeze
 from lota.zero.groups import BlockGroups
+from lota.zero.skipped import SkippedSteps, check_max_skipped_steps
 
 BUCKET_NUMEL = 1 << 22
 """Most fp32 entries in a reduction bucket: 16 MiB, packed, sent and received."""
@@ -28,7 +30,8 @@ class BlockRun:
     is_sparse: bool
     optimizer_class: type[Any] | None
 
-    def __init__(self) -> None:
+    def __init__(self, max_skipped_steps: int) -> None:
+        self.skipped = SkippedSteps(check_max_skipped_steps(max_skipped_steps))
         self.engine: Any = None
         self.base: dict[str, BaseTensor] = {}
         self._freeze: Freeze | None = None
@@ -58,6 +61,18 @@ class BlockRun:
 
     def built(self, engine: Any) -> None:
         self.engine, self._was_built = engine, True
+
+    def before_step(self) -> None:
+        """Gradients are complete, and there until the step."""
+        self.skipped.before_step(self._not_finite)
+
+    def after_step(self, was_skipped: bool, scale_may_fall: bool) -> None:
+        self.skipped.after_step(was_skipped, self.engine.global_steps, counts=not scale_may_fall)
+
+    def _not_finite(self) -> dict[str, Tensor]:
+        """For each tensor that takes part whether this rank's part of its gradient is not finite, as bool scalars on
+        the device."""
+        return self.core.not_finite()
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be resumed from: JSON, the same on every rank."""

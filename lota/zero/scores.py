@@ -40,6 +40,7 @@ class DenseOptimizer(Protocol):
 
     def moment_names(self) -> tuple[str, ...]: ...
     def get(self, name: str, kind: str) -> Tensor: ...
+    def gradient(self, name: str) -> Tensor | None: ...
     def put(self, name: str, kind: str, values: Tensor) -> None: ...
     def numbers(self) -> dict[str, Any]: ...
     def make_state(self, moment_names: Iterable[str], numbers: Mapping[str, Any]) -> None: ...
@@ -59,6 +60,18 @@ class TaskVectorScores:
         for piece in self._pieces:
             master = self._dense.get(piece.name, "master")[: piece.weights.numel()]
             yield piece.name, piece.start, master - self._base[piece.name].to(master.device).float()
+
+    is_spoilt = False
+
+    def not_finite(self) -> dict[str, Tensor]:
+        """For each tensor whether this rank's part of its gradient is not finite, before the step; bool scalars."""
+        gradients = {piece.name: self._dense.gradient(piece.name) for piece in reversed(self._pieces)}
+        return {
+            piece.name: piece.weights.new_zeros((), dtype=torch.bool)
+            if (gradient := gradients[piece.name]) is None
+            else (~torch.isfinite(gradient)).any()
+            for piece in reversed(self._pieces)
+        }
 
     def nbytes(self) -> dict[str, int]:
         return {"base_host": sum(base.nbytes for base in self._base.values())}
@@ -108,6 +121,11 @@ class WeightScores:
 
     def discard_gradients(self) -> None:
         pass
+
+    is_spoilt = False
+
+    def not_finite(self) -> dict[str, Tensor]:
+        return {}  # gradients are not looked at
 
     def scores(self) -> Iterator[tuple[str, int, Tensor]]:
         for piece in self._pieces:
@@ -167,6 +185,7 @@ class GradientScores:
         )
         self._is_pending = False
         self.num_batches = 0
+        self.is_spoilt = False
 
     def add_gradient(self, name: str, gradient: Tensor) -> None:
         """Hand a whole tensor's gradient (any float dtype) to the reduction."""
@@ -217,8 +236,9 @@ class GradientScores:
             self._sum[first:last].add_(piece * piece if self._score == "fisher" else piece.abs())
 
     def step(self, loss_scale: float) -> tuple[Tensor, Tensor]:
-        """End of a global batch: add its gradient to the score. Returns the gradient's norm and whether it was skipped
-        because it is not finite (fp16 only; elsewhere selection refuses what comes of it). Collective."""
+        """End of a global batch: add its gradient to the score. Returns the gradient's norm and whether it is not
+        finite: it was skipped then, unless it went straight into the score, which `is_spoilt` after that. Collective.
+        """
         self._is_pending = False
         if self._gradient is not None:
             finite = torch.isfinite(self._gradient).all().to(torch.int32)
@@ -228,12 +248,13 @@ class GradientScores:
                 self._add(slice(0, self._sum.numel()), self._gradient.div_(loss_scale))
             self._gradient.zero_()
             skip = finite == 0
-        else:
-            skip = torch.zeros((), dtype=torch.bool)
         square = self._square.clone()
         if self._groups.shard is not None:
             dist.all_reduce(square, group=self._groups.shard)
         self._square.zero_()
+        if self._gradient is None:
+            skip = ~torch.isfinite(square)
+            self.is_spoilt = self.is_spoilt or bool(skip)
         self.num_batches += 1 if not bool(skip) else 0
         return square.sqrt(), skip
 
@@ -250,6 +271,15 @@ class GradientScores:
                 piece.start,
                 mean * piece.weights.to(mean.device).float().abs() if self._score == "snip" else mean,
             )
+
+    def not_finite(self) -> dict[str, Tensor]:
+        """For each tensor whether this rank's part of the batch's gradient is not finite, or of the sums where
+        gradients are not kept; bool scalars."""
+        values = self._sum if self._gradient is None else self._gradient
+        parts = values.split([piece.weights.numel() for piece in self._pieces])
+        return {
+            piece.name: (~torch.isfinite(part)).any() for piece, part in zip(reversed(self._pieces), reversed(parts))
+        }
 
     def is_mid_step(self) -> bool:
         return self._is_pending

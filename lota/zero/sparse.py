@@ -194,6 +194,16 @@ class SparseTraining:
             dist.all_reduce(total, group=self.groups.shard)
         return total
 
+    def not_finite(self) -> dict[str, Tensor]:
+        """For each tensor whether this rank's part of its gradient is not finite, before the step: bool scalars on the
+        device. In the order of backward, roughly. Collective where the gradients still have to be sent."""
+        if self._is_unsent:
+            self.finish_backward(True)
+        return {
+            name: (~torch.isfinite(state.gradient[state.entries(slot)])).any().to(self.device)
+            for name, (state, slot) in reversed(self._place.items())
+        }
+
     def discard_gradients(self) -> None:
         """Forget the gradients of the step so far (`zero_grad`)."""
         if not self._has_gradients:

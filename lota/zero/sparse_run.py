@@ -23,6 +23,7 @@ from lota.zero.delivery import base_put_back, deliver
 from lota.zero.frozen import Freeze
 from lota.zero.groups import check_shard_group_size, make_groups
 from lota.zero.run import BUCKET_NUMEL, BlockRun
+from lota.zero.skipped import DEFAULT_MAX_SKIPPED_STEPS
 from lota.zero.sparse import SparseTraining
 from lota.zero.spread import mask_counts
 from lota.zero.update import choose_update
@@ -37,9 +38,15 @@ class SparseRun(BlockRun):
     optimizer_class = engines.SparseOptimizer
 
     def __init__(
-        self, mask: Mask, *, shard_group_size: int | None, gradient_reduction: str, once_per_step: bool
+        self,
+        mask: Mask,
+        *,
+        shard_group_size: int | None,
+        gradient_reduction: str,
+        once_per_step: bool,
+        max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
     ) -> None:
-        super().__init__()
+        super().__init__(max_skipped_steps)
         self.mask, self._shard_group_size, self._once_per_step = mask, shard_group_size, once_per_step
         self._gradient_reduction, self._reduction_reason = gradient_reduction, "as asked"
         self._kernels = ""

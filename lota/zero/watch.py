@@ -125,7 +125,7 @@ class RankWatch:
         """Rank 0: accept a connection of every other rank. Others that come by do not know the token and are left."""
         listener = socket.create_server(("", 0), backlog=dist.get_world_size())
         token = secrets.token_hex(16)
-        dist.broadcast_object_list([(_address(), listener.getsockname()[1], token)], src=0)
+        dist.broadcast_object_list([(_address(), listener.getsockname()[1], token, _where())], src=0)
         waiting = set(range(1, dist.get_world_size()))
         deadline = time.monotonic() + _CONNECT_TIMEOUT
         while waiting and (left := deadline - time.monotonic()) > 0:
@@ -150,16 +150,15 @@ class RankWatch:
     def _meet_first(self) -> None:
         box: list[Any] = [None]
         dist.broadcast_object_list(box, src=0)
-        address, port, token = box[0]
+        address, port, token, where_first = box[0]
         try:
             connection = socket.create_connection((address, port), timeout=_CONNECT_TIMEOUT)
         except OSError as error:
             print(f"[lota] rank {self._rank} cannot reach rank 0 at {address}:{port} ({error})", flush=True)
             return
         _prepare(connection)
-        where = f"process {os.getpid()} on {socket.gethostname()}"
-        _send(connection, {"token": token, "rank": self._rank, "where": where})
-        self._sockets[connection] = _Peer(0, f"on {address}")
+        _send(connection, {"token": token, "rank": self._rank, "where": _where()})
+        self._sockets[connection] = _Peer(0, where_first)
 
     def _watch(self) -> None:
         selector = selectors.DefaultSelector()
@@ -212,6 +211,10 @@ def _end_after_grace() -> None:
 def _address() -> str:
     """Where other ranks find this one: rank 0's address is what they all met at."""
     return os.environ.get("MASTER_ADDR") or socket.gethostname()
+
+
+def _where() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def _prepare(connection: socket.socket) -> None:

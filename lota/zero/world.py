@@ -28,13 +28,20 @@ def join_world() -> None:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     if get_accelerator().device_name() == "cpu":
-        # DeepSpeed would compile an operation for tensor-parallel inference, whose 67 MB a rank stay in /dev/shm when
-        # the job is over, and whose start waits for ever for a rank that died.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        leave_out_shared_memory()
         if not dist.is_initialized():
             deepspeed.init_distributed(verbose=False)
     atexit.unregister(_leave_world)
     atexit.register(_leave_world)
+
+
+def leave_out_shared_memory() -> None:
+    """Before ranks meet on CPUs: do without DeepSpeed's operation for tensor-parallel inference, of no use here.
+
+    It is compiled at the first start, leaves 67 MB a rank in /dev/shm when the job is over, and waits for ever for a
+    rank that dies while it starts.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _leave_world() -> None:
