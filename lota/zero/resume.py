@@ -146,6 +146,8 @@ def _progress(engine: Any) -> dict[str, Any]:
 def _restore_progress(engine: Any, progress: Mapping[str, Any], load_lr_scheduler_states: bool) -> None:
     for name, value in progress["counters"].items():
         setattr(engine, name, value)
+    # DeepSpeed counts the micro steps of a step from here: other ranks may take other numbers of them.
+    engine.micro_steps -= engine.micro_steps % engine.gradient_accumulation_steps()
     for group, saved in zip(engine.optimizer.param_groups, progress["param_groups"], strict=True):
         for key, value in saved.items():
             current = group.get(key)
