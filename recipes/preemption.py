@@ -33,15 +33,21 @@ class Preempted(SystemExit):
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Within the block SIGUSR1 and SIGTERM are noted instead of ending the process, however often they come. To be used
-    by the main thread."""
+    """Within the block SIGUSR1 and SIGTERM are noted, however often they come, and end nothing. For the main thread.
+
+    After a stop they are ignored: srun and launchers that see the first rank end send SIGTERM to the others, whose
+    status that would change.
+    """
     global _heard
     _heard = 0
-    before = [(number, signal.signal(number, _note)) for number in SIGNALS]
+    after: list[Any] = [signal.signal(number, _note) for number in SIGNALS]
     try:
         yield
+    except Preempted:
+        after = [signal.SIG_IGN] * len(SIGNALS)
+        raise
     finally:
-        for number, handler in before:
+        for number, handler in zip(SIGNALS, after):
             signal.signal(number, handler)
 
 
