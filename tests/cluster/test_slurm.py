@@ -117,7 +117,9 @@ def test_only_a_stop_is_queued_again(cluster: Cluster) -> None:
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), cluster.log(killed)
     assert job["ExitCode"] == "143:0"  # the other rank's, by SIGTERM: srun gives the highest
 
-    again = submit(cluster, "-c", "raise SystemExit(75)", MAX_REQUEUES="1")
+    # The rank that ends first makes srun send SIGTERM to the other, which recipes ignore by then.
+    stopped = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); raise SystemExit(75)"
+    again = submit(cluster, "-c", stopped, MAX_REQUEUES="1")
     job = cluster.finish(again)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "75:0", "1"), cluster.log(again)
     assert "not queued again after 1 times" in cluster.log(again)
