@@ -17,7 +17,7 @@ TENSOR_RECORD = 600
 """Bytes of names and checksums that a tensor adds to a ticket, about."""
 _ADAMW = 12
 # How many buckets may be on their way, packed and received, beside the one being filled (lota.zero.reduction).
-_BUFFERS = 7
+_ON_THEIR_WAY = 3
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def calibration(model: ModelShapes, layout: Layout, eligible: Sequence[str], sco
         if layout.gradient_accumulation_steps > 1:
             device["gradients"] = 4 * pieces
         bucket = min(_bucket(model, layout, MOST_BUCKET), numel)
-        work["reduction buffers"] = 4 * bucket * (_BUFFERS if layout.ranks > 1 else 1)
+        work["reduction buffers"] = _buffers(bucket, bucket if layout.ranks > 1 else 0, layout)
         step = 4 * min(pieces, MOST_BUCKET)
         payload = 4 * numel * layout.gradient_accumulation_steps
         transfers.append(Transfer("gradients", "all_to_all", payload, layout.world()))
@@ -134,7 +134,7 @@ def lota(
     work = _at_work(model, layout, size, names)
     if reduce_every == "step":
         work["sums of micro steps"] = per_reduction
-    work["reduction buffers"] = 4 * bucket * (_BUFFERS if size > 1 else 1)
+    work["reduction buffers"] = _buffers(bucket, max(bucket, spread.received) if size > 1 else 0, layout)
     reductions = 1 if reduce_every == "step" else accumulation
     transfers = [
         *_gathers(model, layout, layout.shard_group()),
@@ -143,8 +143,13 @@ def lota(
     ]
     values = model.item_bytes * spread.active
     ticket = mask.encoded() + 2 * values + TENSOR_RECORD * len(mask.numels)
-    excess = spread.fullest - spread.local if not mask.is_even else spread.local * excess_percent(size) // 100
-    uneven = 0 if layout.offload_param else excess * (16 + spread.local_offset_bytes)
+    excess, received = spread.fullest - spread.local, 0
+    if mask.is_even:
+        percent = excess_percent(size)
+        excess, received = spread.local * percent // 100, bucket * percent // 100 if reduction == "compact" else 0
+    uneven = _buffers(0, received, layout)
+    if not layout.offload_param:
+        uneven += excess * (16 + spread.local_offset_bytes)
     return MethodPlan(
         f"LoTA, {100 * spread.active / max(1, mask.eligible):.3g}%",
         device,
@@ -229,6 +234,11 @@ def _padded(active: int) -> int:
 
 def _index(active: int, offset_bytes: int) -> int:
     return -(-active // TILE) * 8 + _padded(active) * offset_bytes
+
+
+def _buffers(bucket: int, received: int, layout: Layout) -> int:
+    """Bytes of a bucket that is filled, and of those on their way: packed (or all-reduced in place), and received."""
+    return 4 * (bucket + (_ON_THEIR_WAY * (bucket + received) if layout.ranks > 1 else 0))
 
 
 def _own_of(payload: int, size: int) -> int:

@@ -93,14 +93,34 @@ class GradientReducer:
 
     @property
     def buffer_bytes(self) -> int:
-        """Most bytes of fp32 buffers in an ordinary backward: buckets being filled, packed, sent and received."""
-        largest = max((bucket.numel for bucket in self._buckets), default=0)
+        """Most bytes of fp32 buffers in an ordinary backward: buckets being filled, packed, sent and received.
+
+        From every rank a rank receives as many entries as it owns itself: more than a bucket, where it owns many. With
+        shard groups of one rank, what was filled is all-reduced in place.
+        """
+        size, world = self.groups.shard_size, self.groups.world_size
         if self.once_per_step:
             filling = sum(bucket.numel for bucket in self._buckets)
         else:
-            filling = largest
-        on_their_way = 0 if self.groups.shard is None else (_IN_FLIGHT + 1) * 2 * largest
+            filling = max((bucket.numel for bucket in self._buckets), default=0)
+        received = size if size > 1 else 0
+        one = max((bucket.numel + received * bucket.own_numel for bucket in self._buckets), default=0)
+        on_their_way = (_IN_FLIGHT + 1) * one if world > 1 else 0
         return 4 * (filling + on_their_way)
+
+    @property
+    def splits(self) -> list[list[int]]:
+        """Of every bucket, in the order of sending: how many entries go to each rank of the shard group."""
+        return [bucket.send_splits for bucket in self._buckets]
+
+    @property
+    def payloads(self) -> tuple[int, int]:
+        """Bytes of the buffers that one reduction hands to collectives in the shard group, and across groups; together
+        what `bytes_sent` grows by where no gradient is late."""
+        groups = self.groups
+        inside = sum(bucket.numel for bucket in self._buckets) if groups.shard_size > 1 else 0
+        across = sum(bucket.own_numel for bucket in self._buckets) if groups.shard_size < groups.world_size else 0
+        return 4 * inside, 4 * across
 
     def add(self, slot: int, write: Callable[[Tensor, bool], None]) -> None:
         """Take a slot's gradient: `write(out, is_first)` stores it into the zeroed `out` or adds it to earlier ones."""

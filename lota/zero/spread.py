@@ -50,6 +50,7 @@ def mask_counts(mask: Mask, size: int, rank: int | None = None) -> MaskCounts:
     counts: dict[str, int] = {}
     whole, own = _Spans(), [_Spans() for _ in range(size)]
     origin = local_origin = 0
+    most = [0] * size
     for name in mask.names:
         numel = math.prod(mask.shape(name))
         counts[name] = mask.active(name)
@@ -63,10 +64,12 @@ def mask_counts(mask: Mask, size: int, rank: int | None = None) -> MaskCounts:
             start, _ = owned_range(numel, size, owner)
             own[owner].add(positions[first : first + count] + (local_origin - start))
             per_rank[owner] += count
+            most[owner] = max(most[owner], size * count)
             first += count
         origin, local_origin = origin + numel, local_origin + partition_numel(numel, size)
     seen = rank if rank is not None else _fullest(per_rank)
-    spread = Spread(counts, per_rank[seen], max(per_rank), whole.offset_bytes, own[seen].offset_bytes)
+    widths = whole.offset_bytes, own[seen].offset_bytes
+    spread = Spread(counts, per_rank[seen], max(per_rank), *widths, received=most[seen])
     return MaskCounts({name: mask.numel(name) for name in mask.names}, spread, is_even=False)
 
 
