@@ -128,7 +128,8 @@ def _write_settings(folder: Path, names: dict[str, str]) -> None:
         seen = names | {"localhost": "127.0.0.1", own: "127.0.1.1"}
         (folder / f"{own}.hosts").write_text("".join(f"{address} {name}\n" for name, address in seen.items()))
     (folder / "ssh_config").write_text(
-        f"IdentityFile {folder}/user_key\nUserKnownHostsFile {folder}/known_hosts\nConnectTimeout 5\nBatchMode yes\n"
+        f"IdentityFile {folder}/user_key\nUserKnownHostsFile {folder}/known_hosts\nBatchMode yes\n"
+        "ConnectTimeout 5\nServerAliveInterval 10\nServerAliveCountMax 3\n"
     )
     (folder / "sshd_config").write_text(
         f"Port {SSH_PORT}\nHostKey {folder}/host_key\nAuthorizedKeysFile {folder}/authorized_keys\nPidFile none\n"

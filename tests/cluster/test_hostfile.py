@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -94,6 +95,7 @@ def test_a_rank_that_is_killed(
     name = hosts[victim].name
     assert "exits with return code = -9" in "".join(x for x in said.splitlines() if x.startswith(f"{name}: "))
     assert f"{name}: ssh exited with exit code" in said
+    assert re.search(rf"\[lota\] rank {victim} \(process \d+ on {name}\) ended without a word", said), said[-6000:]
     assert not any(host.processes("recipes/train_lota.py") for host in hosts)
     assert not (tmp_path / "run" / "summary.json").exists()
 
@@ -102,6 +104,28 @@ def test_a_rank_that_is_killed(
     assert "going on from" in said
     for file in ("ticket.safetensors", "ticket.json"):
         assert (tmp_path / "run" / "ticket" / file).read_bytes() == (one_host / "ticket" / file).read_bytes(), file
+
+
+@pytest.mark.slow
+def test_a_cable_that_is_cut(hosts: tuple[Host, Host], world: Path, tmp_path: Path) -> None:
+    """No connection is closed then: the ranks of both hosts notice the silence, and so does ssh, as it is set here."""
+    job = Job(tmp_path, hosts[0], command_of("train_lota.py", world, tmp_path / "run", *OPTIONS, "--max_steps", "5000"))
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "run" / "checkpoint-3").exists():
+        assert job.process.poll() is None and time.monotonic() < deadline, job.log.read_text()[-6000:]
+        time.sleep(0.05)
+    hosts[1].run("ip", "link", "set", "eth0", "down")
+    try:
+        status, said = job.wait(100)
+        deadline = time.monotonic() + 30
+        while any(host.processes("recipes/train_lota.py") for host in hosts):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+    finally:
+        hosts[1].run("ip", "link", "set", "eth0", "up")
+    assert status != 0
+    assert "node-b: ssh exited with exit code 255" in said
+    assert re.search(r"\[lota\] rank 1 \(process \d+ on node-b\) ended without a word", said), said[-6000:]
 
 
 def test_a_disk_that_is_not_shared(hosts: tuple[Host, Host], world: Path, tmp_path: Path) -> None:
