@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from recipes.output import outlive_readers
 from recipes.run_folder import say
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
@@ -54,6 +55,7 @@ def listening() -> Iterator[None]:
 def _note(number: int, frame: FrameType | None) -> None:
     global _heard
     _heard = number
+    outlive_readers()
 
 
 def heard() -> int:

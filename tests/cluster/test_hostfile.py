@@ -13,8 +13,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from recipes.checkpoints import is_complete
 from tests.cluster.hosts import ROOT, SSH_PORT, Host, missing, two_hosts
 from tests.recipes.test_end_to_end import command_of, succeed, world
 
@@ -104,6 +106,26 @@ def test_a_rank_that_is_killed(
     assert "going on from" in said
     for file in ("ticket.safetensors", "ticket.json"):
         assert (tmp_path / "run" / "ticket" / file).read_bytes() == (one_host / "ticket" / file).read_bytes(), file
+
+
+@pytest.mark.slow
+def test_the_command_is_asked_to_stop(hosts: tuple[Host, Host], world: Path, tmp_path: Path) -> None:
+    """DeepSpeed ends pdsh, and with it all output, before the ranks; they save a checkpoint nevertheless."""
+    long = ("--max_steps", "5000", "--save_steps", "1000")
+    job = Job(tmp_path, hosts[0], command_of("train_lota.py", world, tmp_path / "run", *OPTIONS, *long))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not metrics.exists() or '"train"' not in metrics.read_text():
+        assert job.process.poll() is None and time.monotonic() < deadline, job.log.read_text()[-6000:]
+        time.sleep(0.05)
+    (command,) = psutil.Process(job.process.pid).children()
+    command.terminate()
+    assert job.wait(60)[0] == 1  # DeepSpeed's
+    deadline = time.monotonic() + 40
+    while any(host.processes("recipes/train_lota.py") for host in hosts):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert is_complete(next((tmp_path / "run").glob("checkpoint-*")))
 
 
 @pytest.mark.slow
