@@ -10,7 +10,7 @@ STAMP = $(VENV)/.installed
 # Several ranks share a machine's cores in tests and in the demo: one thread each.
 RUN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: help install demo test test-gpu lint bench bench-gpu clean
+.PHONY: help install demo test test-gpu lint soak bench bench-gpu clean
 
 help:
 	@echo "lota: sparse fine-tuning by lottery tickets, on DeepSpeed ZeRO-3"
@@ -20,6 +20,7 @@ help:
 	@echo "  make test       lint, types and the tests that need no accelerator"
 	@echo "  make test-gpu   the tests that need an accelerator"
 	@echo "  make lint       ruff and mypy"
+	@echo "  make soak       kill ranks of a job 20 times at random moments and resume (about 15 minutes, 2 cores)"
 	@echo "  make bench      kernels and whole steps on this CPU, after their tests (about 5 minutes, 2 cores)"
 	@echo "  make bench-gpu  kernels on a GPU, after their tests"
 	@echo "  make clean      remove $(VENV), runs/ and tool caches"
@@ -51,6 +52,10 @@ test: lint
 
 test-gpu: $(STAMP)
 	$(RUN) $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+# SOAK_KILLS and SOAK_SEED, from the command line or the environment, say how often and when.
+soak: $(STAMP)
+	$(RUN) SOAK_KILLS="$(or $(SOAK_KILLS),20)" $(if $(SOAK_SEED),SOAK_SEED="$(SOAK_SEED)") $(BIN)/python -m tests.recipes.soak
 
 # No figure while results are wrong: the kernels' tests come first.
 bench: $(STAMP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,14 +16,41 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_SIGNS = ("inline_container.cc", "iostream error", "No space left on device", "Disk quota exceeded")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 def write_text(path: Path, text: str) -> None:
     """Make `text` the content of a file, in UTF-8, by one rename: a reader finds the old content or the new."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with naming_disk_full(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def naming_disk_full(path: Path) -> Iterator[None]:
+    """What writers in the block make of a full disk becomes an OSError that names `path` and says how much is free.
+
+    Python's own names no file, torch's is a RuntimeError that does not speak of the disk, safetensors' is of its own
+    type.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number, file = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
+        is_said = "MiB are free" in str(error)
+        if is_said or (number not in _FULL and not any(sign in str(error) for sign in _FULL_SIGNS)):
+            raise
+        place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(place).free / 2**20
+        text = f"{os.strerror(number or errno.ENOSPC)}, {free:.1f} MiB are free: make room, then go on"
+        raise OSError(number or errno.ENOSPC, text, file or str(path)) from error
 
 
 @contextmanager
@@ -38,7 +66,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with naming_disk_full(path):
+            yield temporary
         readable = temporary.stat().st_mode & 0o666  # safetensors makes files that only their owner may read
         for file in temporary.iterdir():
             file.chmod(readable)

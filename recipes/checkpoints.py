@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import set_seed
 from transformers.trainer_utils import rotate_checkpoints
 
+from lota.folder import naming_disk_full
 from lota.zero.agreement import together
 from recipes import contents
 from recipes.batch import Batch, whole_steps
@@ -72,7 +73,8 @@ class WholeCheckpoints:
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit, self._staging = self.args.save_total_limit, None, staging
         try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            with naming_disk_full(folder / name):
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
         finally:
             self.args.save_total_limit, self._staging = limit, None
         if self.state.best_model_checkpoint == str(staging / name):
@@ -84,7 +86,7 @@ class WholeCheckpoints:
         with together():
             view = contents.look(staging / name) if self.args.local_process_index == 0 else None
         dist.all_gather_object(views, view)
-        with together():
+        with together(), naming_disk_full(folder / name):
             if self.args.should_save:
                 contents.write(staging / name, Batch.of(self.args, self.args.world_size), views)
                 shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that went on from an older checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import time
 import traceback
@@ -11,7 +12,6 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from lota.zero.watch import RankWatch
-from recipes.run_folder import rank
 
 RESUME = " Go on with the same command and --resume_from_checkpoint true."
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -60,11 +60,12 @@ def _end(error: Exception) -> int:
         return 1  # a collective that another rank broke
     if not is_wrong_input and not is_disk_full:
         traceback.print_exception(error)
-    text = reason if is_wrong_input else f"rank {rank()} failed: {reason}.{_advice}"
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    text = reason if is_wrong_input else f"rank {rank} failed: {reason}.{_advice}"
     if _watch is not None:
         _watch.fail(reason, text)
     else:
-        if rank() > 0:
+        if rank > 0:
             time.sleep(3)  # what all ranks say alike, rank 0 has said, and its launcher has ended the others
         print(f"[lota] {text}", file=sys.stderr, flush=True)
     return 2 if is_wrong_input else 1

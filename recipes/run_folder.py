@@ -20,7 +20,7 @@ import yaml
 
 from lota import Mask
 from lota.card import write_ticket_card
-from lota.folder import write_text
+from lota.folder import naming_disk_full, write_text
 from lota.zero.agreement import together
 from recipes import same_run
 from recipes.arguments import Config, LotaArguments
@@ -71,6 +71,7 @@ class RunFolder:
         if self.is_writer:
             # The file that says there is a run is the last one.
             self.path.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(self.path)
             _update(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
             _update(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
 
@@ -100,7 +101,8 @@ class RunFolder:
         with together():
             if self.is_writer:
                 write_text(self.path / "calibration.json", json.dumps(facts, indent=2) + "\n")
-                mask.save(self.path / "mask", provenance)
+                with naming_disk_full(self.path / "mask"):
+                    mask.save(self.path / "mask", provenance)
                 shutil.rmtree(self.path / "calibration", ignore_errors=True)
 
     def saved_mask(self) -> tuple[Mask, dict[str, Any]] | None:
@@ -157,8 +159,21 @@ class RunFolder:
     def add_metrics(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
         if self.is_writer:
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            path = self.path / "metrics.jsonl"
+            with naming_disk_full(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a run that was killed left half written under hidden names, in its folder and its calibration's."""
+    for place in (folder, folder / "calibration"):
+        for name in ("checkpoint-*", *LEFT_BY_A_RUN):
+            for ending in ("partial", "tmp-*", "old-*"):
+                for path in place.glob(f".{name}.{ending}"):
+                    if path.is_dir():
+                        shutil.rmtree(path, ignore_errors=True)
+                    else:
+                        path.unlink(missing_ok=True)
 
 
 def resolved(args: LotaArguments, config: Config) -> dict[str, Any]:

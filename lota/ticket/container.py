@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ class StreamWriter:
         self._file.close()
 
     def abandon(self) -> None:
-        self._file.close()
+        """Close without finishing. What is still to be written may not fit on the disk, which is no error any more."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lota.folder import naming_disk_full
 from lota.ticket.container import DTYPE_CODES, StoredTensor, StreamWriter, read_bytes, read_header
 from lota.zero.agreement import together
 
@@ -61,18 +62,18 @@ def write(
     temporary = path.with_name(f".{path.name}.partial")
     is_first = dist.get_rank() == 0
     try:
-        with together():
+        with together(), naming_disk_full(path):
             if is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
         record: dict[str, Any] | None = None
-        with together():
+        with together(), naming_disk_full(path):
             if file_number is not None:
                 name = f"state-{file_number + 1:05d}-of-{num_files:05d}.safetensors"
                 record = {"name": name, "vectors": _write_vectors(temporary / name, vectors)}
         records: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(records, record)
-        with together():
+        with together(), naming_disk_full(path):
             if is_first:
                 files = sorted((entry for entry in records if entry is not None), key=lambda entry: entry["name"])
                 _write_manifest(temporary / MANIFEST_NAME, {**facts, "files": files})

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lota.folder import naming_disk_full
 from lota.ticket import Mask, TicketWriter
 from lota.ticket.fingerprint import fingerprint_at
 from lota.zero.agreement import raise_together
@@ -53,7 +54,8 @@ def deliver(
     error: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            writer = TicketWriter(path, mask, provenance or {}, overwrite=overwrite)
+            with naming_disk_full(Path(path)):
+                writer = TicketWriter(path, mask, provenance or {}, overwrite=overwrite)
         except Exception as caught:  # noqa: BLE001 (raised on every rank)
             error = caught
     raise_together(error)
@@ -62,12 +64,14 @@ def deliver(
             values, base = _collect(training, mask, name, dtype, device)
             if writer is not None and error is None:
                 try:
-                    writer.add(name, values, base)
+                    with naming_disk_full(Path(path)):
+                        writer.add(name, values, base)
                 except Exception as caught:  # noqa: BLE001 (raised on every rank)
                     error = caught
         if writer is not None and error is None:
             try:
-                writer.close()
+                with naming_disk_full(Path(path)):
+                    writer.close()
             except Exception as caught:  # noqa: BLE001 (raised on every rank)
                 error = caught
     finally:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,11 @@ class Job:
 
     def text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def says_that_ended(self, rank: int) -> bool:
+        """Whether a line tells of the rank and of the way to go on, and no traceback of its consequences."""
+        line = rf"\[lota\] rank {rank} \(process \d+ on \S+\) ended without a word.*--resume_from_checkpoint true"
+        return re.search(line, self.text()) is not None and "Traceback" not in self.text()
 
     def is_over(self) -> bool:
         return all(process.poll() is not None for process in self.processes)
@@ -68,13 +75,16 @@ class Job:
                 process.wait()
 
 
-def start(launcher: str, world: Path, output: Path, *options: str, script: str = "train_lota.py") -> Job:
-    """The main job on two ranks: under DeepSpeed's launcher, torchrun, or two processes that nobody watches."""
+def start(launcher: str, world: Path, output: Path, *options: str, log: Path | None = None) -> Job:
+    """The main job on two ranks: under DeepSpeed's launcher, torchrun, or two processes that nobody watches.
+
+    log: a file of its own, beside `output` unless given.
+    """
+    script = "train_lota.py"
     command = command_of(script, world, output, *options)
     words = command[command.index(f"recipes/{script}") :]
     port = command[command.index("--master_port") + 1]
-    log = output.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
+    log = log or _free_name(output)
     if launcher == "deepspeed":
         commands = [(command, {})]
     elif launcher == "torchrun":
@@ -91,18 +101,22 @@ def start(launcher: str, world: Path, output: Path, *options: str, script: str =
     return Job(processes, log)
 
 
+def _free_name(output: Path) -> Path:
+    return next(path for n in range(1000) if not (path := output.with_name(f"{output.name}-{n}.log")).exists())
+
+
 def kill_rank(job: Job, number: int, moment: Callable[[], bool], patience: float = 300.0) -> float | None:
     """Send SIGKILL to a rank at a moment; the seconds that the job then took to end, None where it was over before."""
     deadline = time.monotonic() + patience
-    while not moment():
+    victim: psutil.Process | None = None
+    while victim is None:
         if job.is_over():
             return None
         if time.monotonic() > deadline:
             job.end()
             raise AssertionError(f"the moment did not come: {job.text()[-4000:]}")
+        victim = job.rank(number) if moment() else None
         time.sleep(0.002)
-    victim = job.rank(number)
-    if victim is None:
-        return None
-    victim.send_signal(signal.SIGKILL)
+    with suppress(psutil.NoSuchProcess):
+        victim.send_signal(signal.SIGKILL)
     return job.wait(60.0)

@@ -18,6 +18,7 @@ from trl import SFTConfig
 from recipes import contents
 from recipes.batch import Batch
 from recipes.checkpoints import adopt, chosen, newest
+from tests.recipes.faults import ENVIRONMENT, kill_rank, start
 from tests.recipes.test_end_to_end import ROOT, command_of, launch, succeed, world
 
 __all__ = ["world"]  # a fixture of this module, too
@@ -27,7 +28,6 @@ OPTIONS = (
     *("--save_steps", "4", "--save_total_limit", "2"),
     *("--logging_steps", "1", "--merged", "false", "--report_to", "tensorboard"),
 )
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def kill_when(appears: Path, world: Path, output: Path, *options: str) -> None:
@@ -48,18 +48,29 @@ def kill_when(appears: Path, world: Path, output: Path, *options: str) -> None:
     assert not (output / "summary.json").exists(), "it was done before it could be stopped"
 
 
-def test_killed_twice(world: Path, tmp_path: Path) -> None:
+def test_killed_three_times(world: Path, tmp_path: Path) -> None:
+    """The whole job while it calibrates; one rank in the middle of a save, with nobody to watch over the ranks; the
+    other one while it trains under DeepSpeed's launcher."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    go_on = (*OPTIONS, "--resume_from_checkpoint", "true")
     whole = succeed("train_lota.py", world, straight, *OPTIONS)
 
     kill_when(stopped / "calibration" / "checkpoint-4", world, stopped, *OPTIONS)
     assert newest(stopped) is None
-    kill_when(stopped / "checkpoint-8", world, stopped, *OPTIONS, "--resume_from_checkpoint", "true")
+    job = start("nobody", world, stopped, *go_on)
+    took = kill_rank(job, 1, (stopped / ".checkpoint-8.partial").exists)
+    assert took is not None and took < 30 and job.says_that_ended(1), job.text()[-4000:]
+    assert [process.returncode for process in job.processes] == [1, -signal.SIGKILL]
     assert (stopped / "mask").is_dir() and not (stopped / "calibration").exists()
+    assert newest(stopped) in (stopped / "checkpoint-4", stopped / "checkpoint-8")
+    job = start("deepspeed", world, stopped, *go_on)
+    took = kill_rank(job, 0, lambda: '"train", "step": 14,' in (stopped / "metrics.jsonl").read_text(encoding="utf-8"))
+    assert took is not None and took < 30 and job.says_that_ended(0), job.text()[-4000:]
+    assert job.processes[0].returncode != 0
     step = max(int(path.name.rpartition("-")[2]) for path in stopped.glob("checkpoint-*"))
-    resumed = succeed("train_lota.py", world, stopped, *OPTIONS, "--resume_from_checkpoint", "true")
+    resumed = succeed("train_lota.py", world, stopped, *go_on)
 
-    assert resumed["training"]["resumed_from_step"] == step >= 8
+    assert resumed["training"]["resumed_from_step"] == step >= 12
     for name in ("ticket/ticket.safetensors", "ticket/ticket.json", "mask/ticket.safetensors"):
         assert (stopped / name).read_bytes() == (straight / name).read_bytes(), name
     for key in ("train_loss", "last_step_loss", "eval_loss", "eval_loss_before"):
