@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -61,8 +62,8 @@ class Traffic(LiveTensors):
             result = super().__torch_dispatch__(func, types, args, kwargs)
             self.see_peak()
             return result
-        kind, position = _COLLECTIVES[name]
-        self.payload[kind] += sum(leaf.nbytes for leaf in tree_leaves(args[position]) if _is_tensor(leaf))
+        kind, tensors = _moved(name, args)
+        self.payload[kind] += sum(tensor.nbytes for tensor in tensors)
         self.see_peak()
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self.see_peak()
@@ -76,5 +77,29 @@ class Traffic(LiveTensors):
         self.peak = 0
 
 
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor)
+class Collectives(TorchDispatchMode):
+    """Bytes of the buffers that collectives moved, by kind, ranks and dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.payload: Counter[tuple[str, tuple[int, ...], torch.dtype]] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "c10d" and name not in _SILENT:
+            kind, tensors = _moved(name, args)
+            for tensor in tensors:
+                self.payload[kind, _ranks(args), tensor.dtype] += tensor.nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def _moved(name: str, args: tuple[Any, ...]) -> tuple[str, list[torch.Tensor]]:
+    """The kind of a collective, and the whole buffer that it moves."""
+    kind, position = _COLLECTIVES[name]
+    return kind, [leaf for leaf in tree_leaves(args[position]) if isinstance(leaf, torch.Tensor)]
+
+
+def _ranks(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """The world's ranks that take part in a collective."""
+    boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and str(arg._type()).endswith("Group"))
+    return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(boxed)))

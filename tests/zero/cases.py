@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -82,23 +83,39 @@ CLIP = 0.5
 def reference(
     masks: dict[str, torch.Tensor], steps: int, accumulation: int
 ) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
-    """Dense, one process, plain torch: masked gradients, norm over active entries, masked decay. float64 throughout.
-
-    Returns the first step's mean gradients (before clipping), the final weights, and the norms.
-    """
+    """`dense_steps` of the model above on its micro batches."""
     model = make_model().double()
     parameters = {name: param for name, param in model.named_parameters() if name in masks}
+
+    def losses(step: int) -> Iterator[torch.Tensor]:
+        for x, flags, target in micro_batches(step, accumulation):
+            yield F.cross_entropy(model(x.double(), flags), target) / accumulation
+
+    first, norms = dense_steps(parameters, masks, steps, losses)
+    return first, {name: param.detach() for name, param in model.named_parameters()}, norms
+
+
+def dense_steps(
+    parameters: dict[str, nn.Parameter],
+    masks: dict[str, torch.Tensor],
+    steps: int,
+    losses: Callable[[int], Iterable[torch.Tensor]],
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Dense, one process, plain torch: masked gradients, norm over active entries, masked decay, in place.
+
+    losses(step): losses whose sum's gradient is the step's. Returns the first step's gradients (before clipping) and
+    the norms.
+    """
     moments = {name: (torch.zeros_like(param), torch.zeros_like(param)) for name, param in parameters.items()}
     first: dict[str, torch.Tensor] = {}
     norms: list[float] = []
     for step in range(1, steps + 1):
         total = {name: torch.zeros_like(param) for name, param in parameters.items()}
-        for x, flags, target in micro_batches(step, accumulation):
-            loss = F.cross_entropy(model(x.double(), flags), target)
+        for loss in losses(step):
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    total[name] += gradient * masks[name] / accumulation
+                    total[name] += gradient * masks[name]
         norm = torch.sqrt(sum((g**2).sum() for g in total.values()))
         norms.append(float(norm))
         if step == 1:
@@ -114,7 +131,7 @@ def reference(
                 param.sub_(param * masks[name] * SETTINGS["lr"] * SETTINGS["weight_decay"])
                 update = (m / (1 - b1**step)) / ((v / (1 - b2**step)).sqrt() + SETTINGS["eps"])
                 param.sub_(update * SETTINGS["lr"] * masks[name])
-    return first, {name: param.detach() for name, param in model.named_parameters()}, norms
+    return first, norms
 
 
 def config(accumulation: int, world: int, **overrides: Any) -> dict[str, Any]:
