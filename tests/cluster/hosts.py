@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,8 @@ class Host:
 
     def run(self, *words: str) -> str:
         """What a short command writes."""
-        done = subprocess.run(self.command(words), capture_output=True, text=True, timeout=60, check=False)
+        command, environment = self.command(words), _environment()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, (words, done.stderr)
         return done.stdout
 
@@ -62,7 +63,12 @@ class Host:
 
     def processes(self, script: str) -> list[psutil.Process]:
         """The ranks on this host: the processes that run `script` themselves."""
-        return [p for p in self.init.children(recursive=True) if p.cmdline()[2:3] == [script]]
+        found = []
+        for process in self.init.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if process.cmdline()[2:3] == [script]:
+                    found.append(process)
+        return found
 
 
 def missing() -> str:

@@ -38,7 +38,9 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Host
 class Job:
     """A launch by hostfile from node-a, while it runs and after."""
 
-    def __init__(self, folder: Path, on: Host, command: list[str], hostfile: str = "node-a slots=1\nnode-b slots=1\n"):
+    def __init__(
+        self, folder: Path, on: Host, command: list[str], hostfile: str = "node-a slots=1\nnode-b slots=1\n"
+    ) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "hostfile").write_text(hostfile)
         (folder / "deepspeed_env").write_text("OMP_NUM_THREADS=1\nHF_HUB_OFFLINE=1\nGLOO_SOCKET_IFNAME=eth0\n")
