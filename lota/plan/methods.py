@@ -129,6 +129,7 @@ def lota(
         moved = [kind for kind in device if kind not in ("index, whole", "gathered, kept")]
         host |= {kind: device.pop(kind) for kind in moved}
     per_reduction = 4 * (spread.active if reduction == "compact" else mask.eligible)
+    own = 4 * (spread.local if reduction == "compact" else -(-mask.eligible // size))
     largest = max(spread.counts.values(), default=0) if reduction == "compact" else 0
     bucket = max(min(_bucket(model, layout, MOST_BUCKET), per_reduction // 4), largest)
     work = _at_work(model, layout, size, names)
@@ -139,7 +140,7 @@ def lota(
     transfers = [
         *_gathers(model, layout, layout.shard_group()),
         Transfer("gradients", "all_to_all", per_reduction * reductions, layout.shard_group()),
-        Transfer("gradients", "all_reduce", _own_of(per_reduction, size) * reductions, layout.replica_group()),
+        Transfer("gradients", "all_reduce", own * reductions, layout.replica_group()),
     ]
     values = model.item_bytes * spread.active
     ticket = mask.encoded() + 2 * values + TENSOR_RECORD * len(mask.numels)
@@ -239,7 +240,3 @@ def _index(active: int, offset_bytes: int) -> int:
 def _buffers(bucket: int, received: int, layout: Layout) -> int:
     """Bytes of a bucket that is filled, and of those on their way: packed (or all-reduced in place), and received."""
     return 4 * (bucket + (_ON_THEIR_WAY * (bucket + received) if layout.ranks > 1 else 0))
-
-
-def _own_of(payload: int, size: int) -> int:
-    return -(-payload // size)

@@ -11,6 +11,7 @@ import torch
 import lota
 from lota import plan
 from lota.selection import eligible
+from lota.zero.spread import mask_counts
 from tests.counting import Traffic
 
 DECODER = {
@@ -47,7 +48,8 @@ ZERO = {
 
 
 def counted(case: str, method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Runs on every rank. options: of `sparse_zero3`, and `zero`: changes to the ZeRO section."""
+    """Runs on every rank. options: of `sparse_zero3`; `zero`: changes to the ZeRO section; `uneven`: the mask's first
+    rows are denser, and the plan is made from the mask itself."""
     import deepspeed
     import transformers
 
@@ -112,6 +114,7 @@ def _with_adapters(model: Any, case: str) -> Any:
 def _block_and_plan(
     model: Any, config: Any, case: str, method: str, options: dict[str, Any], zero: dict[str, Any]
 ) -> tuple[Any, plan.MethodPlan]:
+    is_uneven = options.pop("uneven", False)
     shapes = plan.shapes_of_config(config, case)
     names = eligible(shapes.shapes)
     layout = plan.Layout(
@@ -121,6 +124,7 @@ def _block_and_plan(
         bucket=BUCKET,
         persistence_threshold=zero["stage3_param_persistence_threshold"],
         live_parameters=zero["stage3_max_live_parameters"],
+        offload_param="offload_param" in zero,
     )
     if method == "full":
         return nullcontext(), plan.full(shapes, layout)
@@ -130,8 +134,13 @@ def _block_and_plan(
     if method in ("task_vector", "gradient"):
         return lota.calibration_zero3(score=method, density=0.1), plan.calibration(shapes, layout, names, method)
     density = float(method.split()[1])
-    mask = _random_mask({name: shapes.shapes[name] for name in names}, density)
-    counts = plan.MaskCounts.even(shapes, names, density, layout.shard_size)
+    trained = {name: shapes.shapes[name] for name in names}
+    if is_uneven:
+        mask = _uneven_mask(trained, density)
+        counts = mask_counts(mask, layout.shard_size, torch.distributed.get_rank() % layout.shard_size)
+    else:
+        mask = _random_mask(trained, density)
+        counts = plan.MaskCounts.even(shapes, names, density, layout.shard_size)
     made = plan.lota(
         shapes,
         layout,
@@ -150,6 +159,17 @@ def _random_mask(shapes: dict[str, tuple[int, ...]], density: float) -> lota.Mas
     dense[order[: round(density * sum(numels))]] = True
     pieces = dense.split(numels)
     return lota.Mask.from_dense({n: p.view(s) for (n, s), p in zip(shapes.items(), pieces, strict=True)})
+
+
+def _uneven_mask(shapes: dict[str, tuple[int, ...]], density: float) -> lota.Mask:
+    """The first quarter of every tensor is trained three times as densely as the rest: 50% more than an even share."""
+    generator = torch.Generator().manual_seed(1)
+    dense = {}
+    for name, shape in shapes.items():
+        drawn = torch.rand(shape, generator=generator).flatten()
+        drawn[: drawn.numel() // 4] /= 3
+        dense[name] = (drawn < density * 2 / 3).view(shape)
+    return lota.Mask.from_dense(dense)
 
 
 SENT_BY = {"all_gather": "weights", "reduce_scatter": "gradients", "all_to_all": "gradients"}

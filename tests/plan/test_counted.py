@@ -15,8 +15,8 @@ REST = [(case, method) for case in MODELS for method in METHODS if (case, method
 LIMITS = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
 
 
-def _check(ranks, case, method, options):
-    for result in ranks(2).run(counted, case, method, options):
+def _check(ranks, case, method, options, world=2):
+    for result in ranks(world).run(counted, case, method, options):
         for what, (planned, found) in compare(result).items():
             assert planned == pytest.approx(found, rel=0.02), f"{case}, {method}: {what}"
         if case == "llama" and method in DENSE:
@@ -48,6 +48,28 @@ def test_held_and_sent_by_the_rest(ranks, case, method):
 )
 def test_options(ranks, options):
     _check(ranks, "llama", "lota 0.1", options)
+
+
+OFFLOAD = {"offload_param": {"device": "cpu", "pin_memory": False}}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("gradient", {}),
+        ("lota 0.1", {"shard_group_size": 1, "uneven": True}),
+        ("lota 0.01", {"shard_group_size": 2, "uneven": True}),
+        ("lota 0.1", {"shard_group_size": 4, "uneven": True, "zero": OFFLOAD}),
+        pytest.param("lota 0.1", {"shard_group_size": 2}, marks=pytest.mark.slow),
+        pytest.param("lota 0.01", {"shard_group_size": 4, "uneven": True}, marks=pytest.mark.slow),
+        pytest.param("lota 0.1", {"shard_group_size": 1, "gradient_reduction": "dense"}, marks=pytest.mark.slow),
+        pytest.param("lota 0.1", {"shard_group_size": 2, "gradient_reduction": "dense"}, marks=pytest.mark.slow),
+        pytest.param("lota 0.1", {"shard_group_size": 2, "reduce_every": "step"}, marks=pytest.mark.slow),
+        pytest.param("lota 0.1", {"shard_group_size": 2, "zero": OFFLOAD}, marks=pytest.mark.slow),
+    ],
+)
+def test_four_ranks(ranks, method, options):
+    _check(ranks, "llama", method, options, world=4)
 
 
 def _auto(memory):
