@@ -86,7 +86,7 @@ def calibration(model: ModelShapes, layout: Layout, eligible: Sequence[str], sco
         host = {**plan.host, "base values": model.item_bytes * pieces, "fingerprints": FINGERPRINT_TABLE}
         return replace(plan, host=host, checkpoint=_ADAMW * numel)
     device = _weights(model, layout, layout.ranks)
-    work = _at_work(model, layout, layout.ranks, eligible)
+    work = _at_work(model, layout, layout.ranks > 1, eligible)
     step = 0
     transfers = _gathers(model, layout, layout.world())
     if score in ("gradient", "fisher", "snip"):
@@ -132,7 +132,7 @@ def lota(
     own = 4 * (spread.local if reduction == "compact" else -(-mask.eligible // size))
     largest = max(spread.counts.values(), default=0) if reduction == "compact" else 0
     bucket = max(min(_bucket(model, layout, MOST_BUCKET), per_reduction // 4), largest)
-    work = _at_work(model, layout, size, names)
+    work = _at_work(model, layout, size > 1 or layout.offload_param, names)
     if reduce_every == "step":
         work["sums of micro steps"] = per_reduction
     work["reduction buffers"] = _buffers(bucket, max(bucket, spread.received) if size > 1 else 0, layout)
@@ -183,7 +183,7 @@ def _dense(name: str, model: ModelShapes, layout: Layout, trained: Sequence[str]
     transfers.append(Transfer("gradients", "reduce_scatter", payload, layout.world()))
     # An fp32 copy of the gradients and one more in the weights' dtype, a sub-group at a time.
     step = 0 if layout.offload_optimizer else (4 + item) * min(pieces, SUB_GROUP)
-    return MethodPlan(name, device, host, _at_work(model, layout, ranks, trained), step, transfers, 0, 0, numel)
+    return MethodPlan(name, device, host, _at_work(model, layout, ranks > 1, trained), step, transfers, 0, 0, numel)
 
 
 def _weights(model: ModelShapes, layout: Layout, size: int) -> dict[str, int]:
@@ -194,9 +194,9 @@ def _weights(model: ModelShapes, layout: Layout, size: int) -> dict[str, int]:
     return held
 
 
-def _at_work(model: ModelShapes, layout: Layout, size: int, trained: Sequence[str]) -> dict[str, int]:
+def _at_work(model: ModelShapes, layout: Layout, is_gathered: bool, trained: Sequence[str]) -> dict[str, int]:
     work = {"largest gradient": model.item_bytes * model.largest_gradient(trained)}
-    if size > 1:
+    if is_gathered:
         passing = model.numel() - model.persistent(_threshold(model, layout))
         work["gathered weights"] = model.item_bytes * max(
             min(passing, model.largest_gathered()), min(passing, layout.live_parameters)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,6 +201,22 @@ def test_a_given_mask_is_counted_exactly(size):
         assert counts.encoded() == mask.nbytes
         per_rank = [sum(owner_counts(mask.indices(n), k, size)[r] for n, k in numels.items()) for r in range(size)]
         assert counts.spread.fullest == max(per_rank) and mask_counts(mask, size).spread.local == max(per_rank)
+
+
+def test_the_document_shows_what_commands_print(tmp_path, monkeypatch, capsys):
+    """`...` stands for lines left out."""
+    document = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
+    blocks = re.findall(r"```text\n\$ lota (plan .*)\n([^`]*)```", document.read_text())
+    assert len(blocks) == 5
+    (tmp_path / "llama-70b").mkdir()
+    (tmp_path / "llama-70b" / "config.json").write_text(json.dumps(LLAMA_70B))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "read_model", functools.cache(plan.read_model))
+    for command, shown in blocks:
+        assert main(command.split()) == 0
+        printed = capsys.readouterr().out
+        for part in shown.split("...\n"):
+            assert part in printed, command
 
 
 @pytest.fixture
