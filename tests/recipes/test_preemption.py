@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerState
@@ -18,7 +20,7 @@ from recipes.checkpoints import newest
 from recipes.preemption import EXIT_STATUS, SIGNALS
 from tests.ranks import RankPool
 from tests.recipes.jobs import ROOT, run_recipe, summary
-from tests.recipes.test_end_to_end import world
+from tests.recipes.test_end_to_end import command_of, world
 
 __all__ = ["world"]  # a fixture of this module, too
 
@@ -85,7 +87,7 @@ def test_stopped_wherever(ranks: Callable[[int], RankPool], world: Path, tmp_pat
     assert newest(run / "calibration") == run / "calibration" / "checkpoint-3" and not (run / "mask").exists()
     stop(signal.SIGTERM, 1, "train", "built", 0)
     assert (run / "mask").is_dir() and not (run / "calibration").exists() and newest(run) is None
-    stop(signal.SIGUSR1, 0, "train", "on_step_begin", 2)
+    stop(signal.SIGTERM, 0, "train", "on_step_begin", 2)
     assert newest(run) == run / "checkpoint-3"
     stop(signal.SIGUSR1, 1, "train", "on_step_begin", 5)
     assert newest(run) == run / "checkpoint-6"
@@ -128,3 +130,28 @@ def test_the_best_checkpoint_is_left_alone(ranks: Callable[[int], RankPool], wor
     pool.run(run_recipe, "train_lota", argv)
     for name in TICKET:
         assert (run / name).read_bytes() == (straight / name).read_bytes(), name
+
+
+def test_the_launchers_status(world: Path, tmp_path: Path) -> None:
+    """`deepspeed` ends with the status of its ranks, of which one has got the signal."""
+    output = tmp_path / "run"
+    options = ("--max_steps", "2000", "--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "1")
+    command = command_of("train_lota.py", world, output, *options, "--calibration_steps", "2")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with open(tmp_path / "log", "w+", encoding="utf-8") as log:
+        launcher = psutil.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 240
+            while newest(output) is None:
+                assert launcher.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            (rank,) = (p for p in launcher.children(recursive=True) if p.environ().get("RANK") == "1")
+            rank.send_signal(signal.SIGUSR1)
+            status = launcher.wait(120)
+        finally:
+            for process in (*launcher.children(recursive=True), launcher) if launcher.is_running() else ():
+                process.kill()
+        log.seek(0)
+        said = log.read()
+    assert status == EXIT_STATUS, said[-3000:]
+    assert "stopped by SIGUSR1 after step" in said and not (output / "ticket").exists()
