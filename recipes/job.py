@@ -55,10 +55,11 @@ def _end(error: Exception) -> int:
     """Say what happened, once in a job; the exit status."""
     is_wrong_input = isinstance(error, ValueError)
     is_disk_full = isinstance(error, OSError) and error.errno in _DISK_FULL
+    says_all = is_wrong_input or is_disk_full or isinstance(error, FloatingPointError)  # lota.zero.skipped
     reason = str(error) if is_wrong_input else f"{type(error).__name__}: {error}"
     if _watch is not None and isinstance(error, RuntimeError) and _watch.wait_for_end(_NEWS) is not None:
         return 1  # a collective that another rank broke
-    if not is_wrong_input and not is_disk_full:
+    if not says_all:
         traceback.print_exception(error)
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     text = reason if is_wrong_input else f"rank {rank} failed: {reason}.{_advice}"
