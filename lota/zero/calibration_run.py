@@ -44,7 +44,7 @@ class CalibrationRun(BlockRun):
 
     def prepare(self, model: torch.nn.Module, config: Any) -> None:
         self._claim()
-        weights.check_world_sharded(model)
+        weights.check_world_sharded(model, "")
         shapes = weights.shapes(model)
         trainable = {name for name, param in model.named_parameters() if param.requires_grad}
         self.names = tuple(self._eligible({name: shape for name, shape in shapes.items() if name in trainable}))

@@ -60,6 +60,7 @@ class SparseRun(BlockRun):
     def prepare(self, model: torch.nn.Module, config: Any) -> None:
         self._claim()
         size = check_shard_group_size(self._shard_group_size, dist.get_world_size())
+        weights.check_world_sharded(model, " and pass shard_group_size")
         parameters = dict(model.named_parameters())
         shapes = weights.shapes(model)
         _check_same_on_all_ranks(self.mask.digest, self.device)

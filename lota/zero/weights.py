@@ -61,13 +61,8 @@ def regroup(model: torch.nn.Module, group: Any) -> None:
     Models that transformers loads are sharded over the world, because `zero.Init` cannot load them into several groups.
     """
     world = deepspeed.comm.get_world_group()
-    for name, param in _zero_parameters(model):
-        if param.ds_process_group != world:
-            raise ValueError(
-                f"{name} is already sharded over a group of its own; load the model without data_parallel_group "
-                "and pass "
-                "shard_group_size"
-            )
+    for _, param in _zero_parameters(model):
+        assert param.ds_process_group == world  # see check_world_sharded
         param.all_gather()
         param.ds_process_group = group
         param.ds_zero_partition_rank = deepspeed.comm.get_rank(group=group)
@@ -76,15 +71,15 @@ def regroup(model: torch.nn.Module, group: Any) -> None:
         param.partition()
 
 
-def check_world_sharded(model: torch.nn.Module) -> None:
-    """ValueError for a parameter sharded over a smaller group: DeepSpeed's own reduction would let replicas diverge."""
+def check_world_sharded(model: torch.nn.Module, cure: str) -> None:
+    """ValueError for a parameter sharded over a smaller group: the block would take its pieces for the world's, and
+    DeepSpeed's own reduction would let replicas diverge."""
     world = deepspeed.comm.get_world_group()
     for name, param in model.named_parameters():
         if getattr(param, "ds_process_group", world) != world:
             raise ValueError(
-                f"{name} is sharded over a group of its own; calibration needs weights sharded over all ranks: "
-                "load the model "
-                "without data_parallel_group"
+                f"{name} is sharded over a group of its own; a lota block takes weights that are whole or sharded over "
+                f"all ranks: load the model without data_parallel_group{cure}"
             )
 
 

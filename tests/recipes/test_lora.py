@@ -133,6 +133,7 @@ def test_the_merge_rounds_once(is_transposed: bool) -> None:
     [
         (["--method", "lora", "--density", "0.1"], "method: lora trains an adapter, so density would be ignored"),
         (["--method", "lora", "--shard_group_size", "1"], "shard_group_size would be ignored"),
+        (["--method", "full", "--shard_group_size", "1"], "shard_group_size would be ignored"),
         (["--method", "full", "--lora_r", "8"], "method: full has no adapter, so lora_r would be ignored"),
         (["--lora_alpha", "8"], "method: lota has no adapter, so lora_alpha would be ignored"),
         (["--method", "lora", "--lora_r", "0"], "lora_r must be at least 1, got 0"),

@@ -306,18 +306,27 @@ def test_pipeline_engine(ranks):
     assert _search(r"pipeline parallelism .* is not supported inside a lota block", outcome.error), outcome.error
 
 
-def _foreign_group() -> None:
-    """A model sharded over a group of its own cannot be calibrated by DeepSpeed's own reduction."""
+def _foreign_group(kind: str) -> None:
+    """A model sharded over a group of its own: DeepSpeed's reduction would let copies diverge, ours mistake pieces."""
     import deepspeed
 
     groups = [torch.distributed.new_group([rank]) for rank in range(2)]
     model = cases.make_model()
     deepspeed.zero.Init(module=model, data_parallel_group=groups[torch.distributed.get_rank()])
-    with lota.calibration_zero3(score="task_vector", include=["*blocks*"]):
+    mask = lota.Mask.from_dense(cases.make_masks())
+    block = {
+        "task_vector": lambda: lota.calibration_zero3(score="task_vector", include=["*blocks*"]),
+        "gradient": lambda: lota.calibration_zero3(score="gradient", include=["*blocks*"]),
+        "sparse": lambda: lota.sparse_zero3(mask),
+        "sparse in groups": lambda: lota.sparse_zero3(mask, shard_group_size=1),
+    }[kind]()
+    with block:
         deepspeed.initialize(model=model, optimizer=cases.default_optimizer(model), config=cases.config(1, 2))
 
 
-def test_foreign_group_is_refused(ranks):
-    for outcome in ranks(2).outcomes(_foreign_group):
+@pytest.mark.parametrize("kind", ["task_vector", "gradient", "sparse", "sparse in groups"])
+def test_foreign_group_is_refused(ranks, kind):
+    for outcome in ranks(2).outcomes(_foreign_group, kind):
         assert outcome.error_type == "ValueError"
         assert "sharded over a group of its own" in outcome.error
+        assert ("pass shard_group_size" in outcome.error) == kind.startswith("sparse")
