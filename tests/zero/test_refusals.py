@@ -63,6 +63,15 @@ def test_configurations(ranks, config, message):
         assert _search(message, outcome.error), outcome.error
 
 
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+def test_calibration_cannot_offload_to_nvme(ranks, key):
+    for outcome in ranks(2).outcomes(
+        _initialize, _zero(**{key: {"device": "nvme", "nvme_path": "/tmp"}}), "task_vector"
+    ):
+        assert outcome.error_type == "ValueError", outcome.error
+        assert f"{key} to nvme is not supported" in outcome.error
+
+
 def _search(pattern: str, text: str) -> bool:
     import re
 
