@@ -206,11 +206,9 @@ def test_a_checkpoint_that_is_cut_anywhere_is_refused_on_every_rank(ranks, base,
     before = files_of(output)
     argv = options(base, output, resume_from_checkpoint=last)
     num_files = sum(path.is_file() for path in last.rglob("*"))
-    assert (
-        num_files >= 9
-    )  # contents, Trainer's state, scheduler, arguments, two random states, latest, and the engine's
-    for errors in ranks(2).run(refused_when_cut, argv, str(last)):
-        assert len(errors) == 4 * num_files
+    assert num_files >= 9  # contents, three of the Trainer's, two random states, and the engine's
+    for errors in ranks(2).run(refused_when_cut, argv, str(last), shares):
+        assert len(errors) == (2 + len(shares)) * num_files
         for what, error in errors.items():
             assert f"checkpoint {last}" in error or f"{last} is not a complete checkpoint" in error, what
             assert what.startswith("contents.json") or what.split()[0] in error, what
