@@ -109,7 +109,7 @@ def calibration_zero3(
 def sparse_zero3(
     mask: Any,
     *,
-    shard_group_size: int | None = None,
+    shard_group_size: int | str | None = None,
     gradient_reduction: str = "auto",
     reduce_every: str = "micro_step",
     kernels: str = "auto",
@@ -121,13 +121,15 @@ def sparse_zero3(
     mask: a `Mask`, a `Ticket`, or the path of one. Inside, `deepspeed.initialize` builds an engine whose masters,
     moments and gradients exist for active entries only; everything else of the model keeps its bits. The script passes
     `model.parameters()` as ever; tensors that the mask does not name are frozen for the length of the block.
-    shard_group_size: how many ranks together hold one copy of the weights (None: all; 1: every rank holds all).
+    shard_group_size: how many ranks together hold one copy of the weights: a number (1: every rank holds all), `node`
+    (the ranks of a node, as the launcher counts them), `world` or None (all).
     gradient_reduction: `compact` sends active entries only, and every rank holds the index of all of them; `dense`
     reduces whole gradients, and a rank holds its own share of the index; `auto` takes compact unless a rank would then
     hold more than 80% of its accelerator's memory and less with dense (lota.plan.reduction). reduce_every: `step` sends
     once per step instead of once per micro step, for 4 bytes per active entry, unsharded, with `compact` only. kernels:
     `auto` takes Triton on GPUs and compiled C on CPUs where they can run, else plain torch; `triton` and `torch` force
-    one; all give the same bits.
+    one; all give the same bits. Gradients are sent in fp32 unless the DeepSpeed configuration says
+    `communication_data_type: bf16`.
     ValueError for what is wrong or unsupported, before training.
     """
     _check_choice("gradient_reduction", gradient_reduction, GRADIENT_REDUCTIONS)

@@ -68,7 +68,9 @@ class LotaArguments(SourceArguments):
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Rows a step over all ranks; gradient_accumulation_steps follows from it."}
     )
-    shard_group_size: int | None = field(default=None, metadata={"help": "Ranks that share one copy of the weights."})
+    shard_group_size: str | None = field(
+        default=None, metadata={"help": "Ranks that share one copy of the weights: a number, node or world (world)."}
+    )
     gradient_reduction: str = field(default="auto", metadata={"help": "auto, compact or dense."})
     kernels: str = field(default="auto", metadata={"help": "auto, torch or triton."})
     max_skipped_steps: int = field(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from lota import plan
 from lota.selection import eligible
 from lota.ticket import Mask
+from lota.zero.groups import check_shard_group_size, local_size
 from recipes import deepspeed_options
 from recipes.arguments import Config, LotaArguments
 from recipes.batch import world_size
@@ -80,17 +80,20 @@ def _with_reference(phase: plan.MethodPlan, model: plan.ModelShapes, layout: pla
 
 def layout_of(args: LotaArguments, config: Config) -> plan.Layout:
     """Ranks from the launcher's environment, bucket and limits from the DeepSpeed configuration if it has them."""
-    zero = deepspeed_options.content(config).get("zero_optimization", {})
+    content = deepspeed_options.content(config)
+    zero = content.get("zero_optimization", {})
     limits = [zero.get(f"stage3_{name}") for name in ("max_live_parameters", "max_reuse_distance")]
+    shard_size = check_shard_group_size(args.shard_group_size, world_size())
     return plan.Layout(
         ranks=world_size(),
-        node_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size())),
-        shard_group_size=args.shard_group_size,
+        node_size=local_size() or world_size(),
+        shard_group_size=None if shard_size == world_size() else shard_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         gradient_checkpointing=config.gradient_checkpointing,
         bucket=_number(zero.get("reduce_bucket_size")),
         persistence_threshold=_number(zero.get("stage3_param_persistence_threshold")),
         live_parameters=min((n for n in map(_number, limits) if n is not None), default=1_000_000_000),
+        communication_bytes=2 if content.get("communication_data_type") == "bf16" else 4,
         offload_param=_is_offloaded(zero, "offload_param"),
         offload_optimizer=_is_offloaded(zero, "offload_optimizer"),
     )

@@ -2,7 +2,7 @@
 
     one GPU      python recipes/train_dpo.py --config recipes/configs/dpo_llama31_8b.yaml
     one node     deepspeed recipes/train_dpo.py --config recipes/configs/dpo_llama31_8b.yaml
-    two nodes    deepspeed --hostfile hosts --num_nodes 2 recipes/train_dpo.py --config FILE --shard_group_size 8
+    two nodes    deepspeed --hostfile hosts --num_nodes 2 recipes/train_dpo.py --config FILE --shard_group_size node
     CPU ranks    OMP_NUM_THREADS=1 deepspeed --num_gpus 2 recipes/train_dpo.py --config recipes/configs/dpo_small.yaml
 
 The flow, the options and the outputs are those of train_lota.py, with TRL's DPOConfig in place of SFTConfig and rows of

@@ -2,7 +2,7 @@
 
     one GPU      python recipes/train_lota.py --config recipes/configs/llama31_8b_gsm8k.yaml
     one node     deepspeed recipes/train_lota.py --config recipes/configs/llama31_8b_gsm8k.yaml
-    two nodes    deepspeed --hostfile hosts --num_nodes 2 recipes/train_lota.py --config FILE --shard_group_size 8
+    two nodes    deepspeed --hostfile hosts --num_nodes 2 recipes/train_lota.py --config FILE --shard_group_size node
     CPU ranks    OMP_NUM_THREADS=1 deepspeed --num_gpus 2 recipes/train_lota.py --config recipes/configs/demo.yaml ...
 
 Every option of TRL's SFTConfig and of recipes/arguments.py may stand in the file or on the command line, which wins.

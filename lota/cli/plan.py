@@ -45,7 +45,8 @@ lota plan models/llama-8b --ranks 8 --json | python -m json.tool""",
     add("--density", type=float, default=0.1, help="part of the eligible weights to train (0.1)")
     add("--mask", type=Path, help="a mask or ticket, counted instead of an even one of --density")
     add("--score", choices=SCORES, help="what calibration ranks weights by (task_vector and gradient, for comparison)")
-    add("--shard_group_size", type=int, help="ranks that share one copy of the weights in sparse training (all)")
+    add("--shard_group_size", help="ranks that share one copy of the weights: a number, node or world (world)")
+    add("--communication_data_type", default="fp32", choices=("fp32", "bf16"), help="of compact gradients (fp32)")
     add(
         "--gradient_reduction", default="auto", choices=("auto", "compact", "dense"), help="see docs/planning.md (auto)"
     )
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
     layout = Layout(
         ranks=args.ranks,
         node_size=args.node_size,
-        shard_group_size=args.shard_group_size,
+        shard_group_size=_group_size(args.shard_group_size, args.node_size),
+        communication_bytes={"fp32": 4, "bf16": 2}[args.communication_data_type],
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         gradient_checkpointing=args.gradient_checkpointing,
         offload_param=args.offload_param,
@@ -91,6 +93,16 @@ def run(args: argparse.Namespace) -> None:
     print("\n" + "\n".join([*notes, *advice]) if notes or advice else "")
     if memory is not None:
         print(f"A plan fits where its peak is at most {format_bytes(memory)}; leave some of it for activations.")
+
+
+def _group_size(asked: str | None, node_size: int | None) -> int | None:
+    if asked in (None, "world"):
+        return None
+    if asked == "node":
+        return node_size
+    if not str(asked).isdecimal():
+        raise ValueError(f"shard_group_size must be a positive integer, node or world, got {asked!r}")
+    return int(str(asked))
 
 
 def make_choices(

@@ -12,8 +12,9 @@ class Layout:
 
     shard_group_size: ranks that share one copy of the weights in sparse training (None: all). bucket: entries of a
     reduction bucket. persistence_threshold: tensors below it stay gathered. live_parameters: DeepSpeed's
-    stage3_max_live_parameters and stage3_max_reuse_distance, the smaller. offload_param: weights and compact state in
-    host memory. None of the last four: what `ds_configs/zero3.json` comes to for a model (see `resolved`).
+    stage3_max_live_parameters and stage3_max_reuse_distance, the smaller. communication_bytes: of a value of a compact
+    gradient on its way, 4 or 2. offload_param: weights and compact state in host memory. Where None may be given, it is
+    what `ds_configs/zero3.json` comes to for a model.
     """
 
     ranks: int = 1
@@ -24,6 +25,7 @@ class Layout:
     bucket: int | None = None
     persistence_threshold: int | None = None
     live_parameters: int = 1_000_000_000
+    communication_bytes: int = 4
     offload_param: bool = False
     offload_optimizer: bool = False
 
@@ -32,6 +34,8 @@ class Layout:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.communication_bytes not in (2, 4):
+            raise ValueError(f"communication_bytes must be 4 (fp32) or 2 (bf16), got {self.communication_bytes!r}")
         if self.ranks % self.shard_size:
             fitting = [size for size in range(1, self.ranks + 1) if self.ranks % size == 0]
             raise ValueError(

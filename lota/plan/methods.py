@@ -16,7 +16,7 @@ SUB_GROUP = 1_000_000_000
 TENSOR_RECORD = 600
 """Bytes of names and checksums that a tensor adds to a ticket, about."""
 _ADAMW = 12
-# How many buckets may be on their way, packed and received, beside the one being filled (lota.zero.reduction).
+# How many buckets may be on their way, packed and received, beside the fp32 one being filled (lota.zero.reduction).
 _ON_THEIR_WAY = 3
 
 
@@ -96,7 +96,7 @@ def calibration(model: ModelShapes, layout: Layout, eligible: Sequence[str], sco
         bucket = min(_bucket(model, layout, MOST_BUCKET), numel)
         work["reduction buffers"] = _buffers(bucket, bucket if layout.ranks > 1 else 0, layout)
         step = 4 * min(pieces, MOST_BUCKET)
-        payload = 4 * numel * layout.gradient_accumulation_steps
+        payload = layout.communication_bytes * numel * layout.gradient_accumulation_steps
         transfers.append(Transfer("gradients", "all_to_all", payload, layout.world()))
     checkpoint = device.get("scores", 0) and 4 * numel
     return MethodPlan(name, device, {"fingerprints": FINGERPRINT_TABLE}, work, step, transfers, checkpoint, 0, numel)
@@ -128,13 +128,14 @@ def lota(
     if layout.offload_param:
         moved = [kind for kind in device if kind not in ("index, whole", "gathered, kept")]
         host |= {kind: device.pop(kind) for kind in moved}
-    per_reduction = 4 * (spread.active if reduction == "compact" else mask.eligible)
-    own = 4 * (spread.local if reduction == "compact" else -(-mask.eligible // size))
+    entries = spread.active if reduction == "compact" else mask.eligible
+    per_reduction = layout.communication_bytes * entries
+    own = layout.communication_bytes * (spread.local if reduction == "compact" else -(-mask.eligible // size))
     largest = max(spread.counts.values(), default=0) if reduction == "compact" else 0
-    bucket = max(min(_bucket(model, layout, MOST_BUCKET), per_reduction // 4), largest)
+    bucket = max(min(_bucket(model, layout, MOST_BUCKET), entries), largest)
     work = _at_work(model, layout, size > 1 or layout.offload_param, names)
     if reduce_every == "step":
-        work["sums of micro steps"] = per_reduction
+        work["sums of micro steps"] = 4 * entries
     work["reduction buffers"] = _buffers(bucket, max(bucket, spread.received) if size > 1 else 0, layout)
     reductions = 1 if reduce_every == "step" else accumulation
     transfers = [
@@ -239,4 +240,5 @@ def _index(active: int, offset_bytes: int) -> int:
 
 def _buffers(bucket: int, received: int, layout: Layout) -> int:
     """Bytes of a bucket that is filled, and of those on their way: packed (or all-reduced in place), and received."""
-    return 4 * (bucket + (_ON_THEIR_WAY * (bucket + received) if layout.ranks > 1 else 0))
+    on_their_way = _ON_THEIR_WAY * (bucket + received) if layout.ranks > 1 else 0
+    return 4 * bucket + layout.communication_bytes * on_their_way

@@ -15,7 +15,7 @@ from lota.zero import weights
 from lota.zero.dense_state import DenseState
 from lota.zero.frozen import Freeze
 from lota.zero.groups import make_groups
-from lota.zero.run import BUCKET_NUMEL, BlockRun
+from lota.zero.run import BUCKET_NUMEL, BlockRun, communication_dtype
 from lota.zero.scores import GRADIENT_SCORES, GradientScores, Piece, TaskVectorScores, WeightScores, piece_of
 from lota.zero.skipped import DEFAULT_MAX_SKIPPED_STEPS
 
@@ -75,6 +75,7 @@ class CalibrationRun(BlockRun):
                 device=self.device,
                 bucket_numel=min(int(optimizer.reduce_bucket_size), BUCKET_NUMEL),
                 accumulates=engine.gradient_accumulation_steps() > 1 or optimizer.dtype == torch.float16,
+                wire=communication_dtype(engine),
             )
         else:
             self.core = WeightScores(pieces, self.score)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from lota.zero.reduction import ReductionGroups
+
+# torchrun's name and that of DeepSpeed's launcher.
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 
 
 @dataclass(frozen=True)
@@ -24,18 +28,60 @@ class BlockGroups:
                 dist.destroy_process_group(group)
 
 
-def check_shard_group_size(shard_group_size: int | None, world_size: int) -> int:
-    """The size to use (None: the world); ValueError where groups of that size do not divide the ranks."""
-    if shard_group_size is None:
-        return world_size
-    if isinstance(shard_group_size, bool) or not isinstance(shard_group_size, int) or shard_group_size < 1:
-        raise ValueError(f"shard_group_size must be a positive integer, got {shard_group_size!r}")
-    if world_size % shard_group_size:
+def check_shard_group_size(shard_group_size: int | str | None, world_size: int) -> int:
+    """The number of ranks in a shard group. `world` (or None) is all ranks, `node` those of a node, an integer (or its
+    text) itself. Does not communicate.
+
+    ValueError for anything else, and where groups of that size do not divide the ranks.
+    """
+    size = _size_asked_for(shard_group_size, world_size)
+    if world_size % size:
         fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
         raise ValueError(
-            f"shard_group_size {shard_group_size} does not divide the {world_size} ranks; use one of {fitting}"
+            f"shard_group_size {shard_group_size} does not divide the {world_size} ranks"
+            + (f" ({size} on this node); every node needs as many" if shard_group_size == "node" else "")
+            + f"; use one of {fitting}"
         )
-    return shard_group_size
+    return size
+
+
+def _size_asked_for(shard_group_size: int | str | None, world_size: int) -> int:
+    if shard_group_size in (None, "world"):
+        return world_size
+    if shard_group_size == "node":
+        return _ranks_of_node(world_size)
+    is_text = isinstance(shard_group_size, str) and shard_group_size.isdecimal()
+    size = int(shard_group_size) if is_text else shard_group_size  # type: ignore[arg-type]
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"shard_group_size must be a positive integer, node or world, got {shard_group_size!r}")
+    return size
+
+
+def _ranks_of_node(world_size: int) -> int:
+    """ValueError where the launcher did not say it, or where the ranks of a node do not follow each other."""
+    if world_size == 1:
+        return 1
+    told = local_size()
+    rank, local_rank = os.environ.get("RANK", ""), os.environ.get("LOCAL_RANK", "")
+    if told is None or not (rank.isdecimal() and local_rank.isdecimal()):
+        raise ValueError(
+            "shard_group_size node needs to know which ranks share a node: expected RANK, LOCAL_RANK and "
+            f"LOCAL_WORLD_SIZE in the environment, got {rank!r}, {local_rank!r} and {told}. deepspeed, torchrun, "
+            "accelerate and recipes/slurm set them; or give the number of ranks of a node"
+        )
+    if int(rank) % told != int(local_rank):
+        raise ValueError(
+            f"shard_group_size node needs the ranks of a node to follow each other and every node to have as many; "
+            f"rank {rank} is number {local_rank} of {told} on its node. Give the launcher as many slots on every host, "
+            "or give shard_group_size a number"
+        )
+    return told
+
+
+def local_size() -> int | None:
+    """How many ranks the launcher started on this node; None where it does not say so."""
+    told = next((os.environ[name] for name in _LOCAL_SIZES if name in os.environ), "")
+    return int(told) if told.isdecimal() and int(told) > 0 else None
 
 
 def make_groups(shard_size: int) -> BlockGroups:

@@ -4,7 +4,8 @@ A tensor contributes one flat vector (its compact gradient, or the whole one for
 the ranks of the shard group in ascending pieces of known sizes. Vectors are packed into buckets that are fixed before
 the first backward. A full bucket is sent by `all_to_all_single` with exact split sizes, summed in rank order
 (deterministic, no padding: the masks that selection makes are uneven over ranks), and all-reduced across the replicas
-of the shard group.
+of the shard group. What is sent may be rounded to bf16: micro steps and the sum over a shard group are still added up
+in fp32; an all-reduce adds in bf16.
 
 Ranks may disagree about which tensors were used. Buckets are therefore launched in one fixed order on process groups of
 their own, asynchronously; a bucket that is not full by the end of backward is sent then, with zeros for what is
@@ -68,6 +69,7 @@ class GradientReducer:
     deliver(slots, values): called with consecutive slots and this rank's reduced entries of them, fp32, slot after
     slot.
     once_per_step: keep the sums of all micro steps and send only in `finish(last=True)`; costs a full set of buckets.
+    wire: dtype of what is sent, fp32 or bf16.
     """
 
     def __init__(
@@ -79,7 +81,9 @@ class GradientReducer:
         deliver: Callable[[range, Tensor], None],
         device: torch.device,
         once_per_step: bool = False,
+        wire: torch.dtype = torch.float32,
     ) -> None:
+        self.wire = wire
         self.counts, self.groups, self.device, self.once_per_step = counts, groups, device, once_per_step
         self._deliver = deliver
         self._buckets = _plan_buckets(counts, bucket_numel, groups.shard_rank)
@@ -93,7 +97,7 @@ class GradientReducer:
 
     @property
     def buffer_bytes(self) -> int:
-        """Most bytes of fp32 buffers in an ordinary backward: buckets being filled, packed, sent and received.
+        """Most bytes of buffers in an ordinary backward: buckets being filled (fp32), packed, sent and received.
 
         From every rank a rank receives as many entries as it owns itself: more than a bucket, where it owns many. With
         shard groups of one rank, what was filled is all-reduced in place.
@@ -106,7 +110,7 @@ class GradientReducer:
         received = size if size > 1 else 0
         one = max((bucket.numel + received * bucket.own_numel for bucket in self._buckets), default=0)
         on_their_way = (_IN_FLIGHT + 1) * one if world > 1 else 0
-        return 4 * (filling + on_their_way)
+        return 4 * filling + self.wire.itemsize * on_their_way
 
     @property
     def splits(self) -> list[list[int]]:
@@ -120,7 +124,7 @@ class GradientReducer:
         groups = self.groups
         inside = sum(bucket.numel for bucket in self._buckets) if groups.shard_size > 1 else 0
         across = sum(bucket.own_numel for bucket in self._buckets) if groups.shard_size < groups.world_size else 0
-        return 4 * inside, 4 * across
+        return self.wire.itemsize * inside, self.wire.itemsize * across
 
     def add(self, slot: int, write: Callable[[Tensor, bool], None]) -> None:
         """Take a slot's gradient: `write(out, is_first)` stores it into the zeroed `out` or adds it to earlier ones."""
@@ -184,8 +188,8 @@ class GradientReducer:
         if groups.shard is None:
             self._flights.append(self._to_replicas(index, buffer))
             return
-        sent = self._pack_by_owner(bucket, buffer)
-        received = torch.empty(groups.shard_size * bucket.own_numel, device=self.device)
+        sent = self._pack_by_owner(bucket, buffer.to(self.wire))
+        received = torch.empty(groups.shard_size * bucket.own_numel, dtype=self.wire, device=self.device)
         work = dist.all_to_all_single(
             received,
             sent,
@@ -201,6 +205,7 @@ class GradientReducer:
         """The second leg: sum over the ranks that own the same entries in other shard groups."""
         if self.groups.replica is None:
             return _Flight(index, None, values, None)
+        values = values.to(self.wire)
         self.bytes_sent += values.nbytes
         return _Flight(index, dist.all_reduce(values, group=self.groups.replica, async_op=True), values, None)
 
@@ -247,7 +252,7 @@ class GradientReducer:
         assert flight.work is not None
         flight.work.wait()
         pieces = flight.values.view(self.groups.shard_size, -1)
-        total = pieces[0]
+        total = pieces[0].float()
         for piece in pieces[1:]:
             total.add_(piece)
         return self._to_replicas(flight.bucket, total)
@@ -255,7 +260,7 @@ class GradientReducer:
     def _retire(self, flight: _Flight) -> None:
         if flight.work is not None:
             flight.work.wait()
-        self._deliver(self._buckets[flight.bucket].slots, flight.values.mul_(1.0 / self.groups.world_size))
+        self._deliver(self._buckets[flight.bucket].slots, flight.values.float().mul_(1.0 / self.groups.world_size))
 
     def _agree_on_late(self) -> list[int]:
         """Buckets that some rank still has gradients for: tensors used again after their bucket was sent."""

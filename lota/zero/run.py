@@ -24,6 +24,11 @@ BUCKET_NUMEL = 1 << 22
 """Most fp32 entries in a reduction bucket: 16 MiB, packed, sent and received."""
 
 
+def communication_dtype(engine: Any) -> torch.dtype:
+    """In which dtype compact gradients are sent: DeepSpeed's `communication_data_type`, fp32 where it is not given."""
+    return engine._config.communication_data_type or torch.float32
+
+
 class BlockRun:
     """Common to both: one trainable engine per block, the model's flags, the base's identity."""
 

@@ -168,6 +168,7 @@ class GradientScores:
         device: torch.device,
         bucket_numel: int,
         accumulates: bool,
+        wire: torch.dtype = torch.float32,
     ) -> None:
         self._pieces, self._score, self._groups = pieces, score, groups
         self._tensor = {piece.name: tensor for tensor, piece in enumerate(pieces)}
@@ -181,7 +182,12 @@ class GradientScores:
         self._delivered: set[int] = set()
         self._square = torch.zeros((), dtype=torch.float64, device=device)
         self._reducer = GradientReducer(
-            self._whole.counts, bucket_numel=bucket_numel, groups=groups, deliver=self._deliver, device=device
+            self._whole.counts,
+            bucket_numel=bucket_numel,
+            groups=groups,
+            deliver=self._deliver,
+            device=device,
+            wire=wire,
         )
         self._is_pending = False
         self.num_batches = 0

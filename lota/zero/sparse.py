@@ -41,7 +41,7 @@ class SparseTraining:
     device: where gradients appear. bucket_numel: most entries of a reduction bucket. once_per_step: reduce once per
     step instead of once per micro step. reduces_whole: reduce whole gradients and compact what this rank owns as it
     arrives, for which it needs only its share of the index; not together with once_per_step, which would keep whole
-    gradients.
+    gradients. wire: dtype in which gradients are sent, fp32 or bf16.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class SparseTraining:
         bucket_numel: int,
         once_per_step: bool,
         reduces_whole: bool = False,
+        wire: torch.dtype = torch.float32,
     ) -> None:
         assert not (once_per_step and reduces_whole)
         self.mask, self.update, self.groups, self.device = mask, update, groups, device
@@ -74,6 +75,7 @@ class SparseTraining:
         self._place = {name: place[name] for name in mask.names if name in place}
         self._position = {name: position for position, name in enumerate(self._place)}
         self._order = list(self._place.values())
+        self.wire = wire
         self._whole: WholeGradients | None = None
         if reduces_whole:
             self._whole = WholeGradients([slot.numel for _, slot in self._order], groups.shard_size, bucket_numel)
@@ -85,6 +87,7 @@ class SparseTraining:
             deliver=self._deliver if self._whole is None else self._deliver_whole,
             device=device,
             once_per_step=once_per_step,
+            wire=wire,
         )
         self._is_unsent = False
         self._has_gradients = False

@@ -18,11 +18,12 @@ from lota.ticket import Mask
 from lota.wording import did_you_mean
 from lota.zero import engine as engines
 from lota.zero import weights
+from lota.zero.agreement import together
 from lota.zero.base import differing, dtype_name, replicas_agree
 from lota.zero.delivery import base_put_back, deliver
 from lota.zero.frozen import Freeze
 from lota.zero.groups import check_shard_group_size, make_groups
-from lota.zero.run import BUCKET_NUMEL, BlockRun
+from lota.zero.run import BUCKET_NUMEL, BlockRun, communication_dtype
 from lota.zero.skipped import DEFAULT_MAX_SKIPPED_STEPS
 from lota.zero.sparse import SparseTraining
 from lota.zero.spread import mask_counts
@@ -41,7 +42,7 @@ class SparseRun(BlockRun):
         self,
         mask: Mask,
         *,
-        shard_group_size: int | None,
+        shard_group_size: int | str | None,
         gradient_reduction: str,
         once_per_step: bool,
         max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
@@ -59,7 +60,7 @@ class SparseRun(BlockRun):
 
     def prepare(self, model: torch.nn.Module, config: Any) -> None:
         self._claim()
-        size = check_shard_group_size(self._shard_group_size, dist.get_world_size())
+        size = self._agreed_shard_group_size()
         weights.check_world_sharded(model, " and pass shard_group_size")
         parameters = dict(model.named_parameters())
         shapes = weights.shapes(model)
@@ -78,6 +79,20 @@ class SparseRun(BlockRun):
             raise ValueError("the mask has no active entry, so there is nothing to train")
         self._freeze = Freeze(model, active)
         self._groups = make_groups(size)
+
+    def _agreed_shard_group_size(self) -> int:
+        """Collective: nodes may have different numbers of ranks, and scripts may say different things."""
+        with together():
+            size = check_shard_group_size(self._shard_group_size, dist.get_world_size())
+        sizes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(sizes, size)
+        if len(set(sizes)) > 1:
+            other = next(rank for rank, other in enumerate(sizes) if other != sizes[0])
+            raise ValueError(
+                f"shard_group_size {self._shard_group_size} means {sizes[0]} ranks on rank 0 and {sizes[other]} on "
+                f"rank {other}: start as many ranks on every node, or give the same number everywhere"
+            )
+        return size
 
     def build(self, optimizer: Any, engine: Any) -> SparseTraining:
         tensor_groups = weights.trainable_groups(optimizer)
@@ -99,6 +114,7 @@ class SparseRun(BlockRun):
             bucket_numel=min(int(optimizer.reduce_bucket_size), BUCKET_NUMEL),
             once_per_step=self._once_per_step,
             reduces_whole=self._gradient_reduction == "dense",
+            wire=communication_dtype(engine),
         )
         return self.core
 
@@ -141,6 +157,7 @@ class SparseRun(BlockRun):
             bucket=int(optimizer.reduce_bucket_size),
             persistence_threshold=int(zero.param_persistence_threshold),
             live_parameters=min(int(zero.max_live_parameters), int(zero.max_reuse_distance)),
+            communication_bytes=communication_dtype(engine).itemsize,
         )
 
     def report(self) -> dict[str, Any]:
@@ -162,6 +179,7 @@ class SparseRun(BlockRun):
             "update": training.update.name,
             "gradient_reduction": self._gradient_reduction,
             "gradient_reduction_reason": self._reduction_reason,
+            "communication_dtype": dtype_name(training.wire),
             "kernels": self._kernels,
             "shard_group_size": shards,
             "steps": training.num_steps,

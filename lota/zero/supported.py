@@ -68,8 +68,8 @@ def _refusals(config: Any, mpu: Any, is_sparse: bool, is_compact: bool) -> Itera
         yield "compile.deepcompile (DeepCompile)", "its graphs bypass the gradient hooks"
     if config.load_universal_checkpoint:
         yield "checkpoint.load_universal (universal checkpoints)", "they hold dense states"
-    if is_compact and raw.get("communication_data_type") not in (None, "fp32"):
-        yield "communication_data_type", "compact gradients are summed and sent in fp32"
+    if is_compact and raw.get("communication_data_type") not in (None, "fp32", "bf16"):
+        yield "communication_data_type: fp16", "gradients overflow in it; fp32, the default here, and bf16 work"
     if is_compact and config.grad_accum_dtype not in (None, "fp32"):
         yield "data_types.grad_accum_dtype", "compact gradients are accumulated in fp32"
     if is_compact and not zero.reduce_scatter:

@@ -48,13 +48,14 @@ ZERO = {
 
 
 def counted(case: str, method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Runs on every rank. options: of `sparse_zero3`; `zero`: changes to the ZeRO section; `uneven`: the mask's first
-    rows are denser, and the plan is made from the mask itself."""
+    """Runs on every rank. options: of `sparse_zero3`; `zero`: changes to the ZeRO section; `communication_data_type`;
+    `uneven`: the mask's first rows are denser, and the plan is made from the mask itself."""
     import deepspeed
     import transformers
 
     options = dict(options)
     zero = ZERO | options.pop("zero", {})
+    wire = options.pop("communication_data_type", "fp32")
     kind, settings = MODELS[case]
     config = getattr(transformers, kind)(**settings)
     count = Traffic()
@@ -62,14 +63,14 @@ def counted(case: str, method: str, options: dict[str, Any]) -> dict[str, Any]:
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.config.use_cache = False
-        block, planned = _block_and_plan(model, config, case, method, options, zero)
+        block, planned = _block_and_plan(model, config, case, method, options, zero, wire)
         if method == "lora":
             model = _with_adapters(model, case)
         gc.collect()
         with block as run:
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             engine, *_ = deepspeed.initialize(
-                model=model, optimizer=torch.optim.AdamW(trained, lr=1e-3, fused=True), config=_config(zero)
+                model=model, optimizer=torch.optim.AdamW(trained, lr=1e-3, fused=True), config=_config(zero, wire)
             )
             for step in range(2):
                 count.restart()
@@ -88,8 +89,9 @@ def counted(case: str, method: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"planned": planned, "held": held, "peak": peak, "payload": payload, "report": report}
 
 
-def _config(zero: dict[str, Any]) -> dict[str, Any]:
+def _config(zero: dict[str, Any], wire: str) -> dict[str, Any]:
     return {
+        **({"communication_data_type": wire} if wire != "fp32" else {}),
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": ACCUMULATION,
         "gradient_clipping": 1.0,
@@ -112,7 +114,7 @@ def _with_adapters(model: Any, case: str) -> Any:
 
 
 def _block_and_plan(
-    model: Any, config: Any, case: str, method: str, options: dict[str, Any], zero: dict[str, Any]
+    model: Any, config: Any, case: str, method: str, options: dict[str, Any], zero: dict[str, Any], wire: str
 ) -> tuple[Any, plan.MethodPlan]:
     is_uneven = options.pop("uneven", False)
     shapes = plan.shapes_of_config(config, case)
@@ -125,6 +127,7 @@ def _block_and_plan(
         persistence_threshold=zero["stage3_param_persistence_threshold"],
         live_parameters=zero["stage3_max_live_parameters"],
         offload_param="offload_param" in zero,
+        communication_bytes={"fp32": 4, "bf16": 2}[wire],
     )
     if method == "full":
         return nullcontext(), plan.full(shapes, layout)

@@ -40,6 +40,7 @@ def test_held_and_sent_by_the_rest(ranks, case, method):
     [
         {"shard_group_size": 1},
         {"reduce_every": "step"},
+        {"communication_data_type": "bf16"},
         {
             "gradient_reduction": "dense",
             "zero": {"stage3_param_persistence_threshold": 1000} | dict.fromkeys(LIMITS, 10**9),

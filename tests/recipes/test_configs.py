@@ -172,7 +172,7 @@ def test_the_commands_of_the_comment_start_the_file_itself(path: Path, monkeypat
         assert words[words.index("--output_dir") + 1] == f"runs/{path.stem}"
     assert two_nodes[1:5] == ["--hostfile", "hosts", "--num_nodes", "2"]
     (args, config, notes), (on_two, *_) = options(path), options(path, 1)
-    assert notes == [] and args.shard_group_size is None and on_two.shard_group_size == 8
+    assert notes == [] and args.shard_group_size is None and on_two.shard_group_size == "node"
     assert args.model_name_or_path == next(name for stem, name in MODELS.items() if path.stem.startswith(stem))
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps * 8 == 32
 

@@ -49,7 +49,7 @@ CONFIGS = [
     ({"compile": {"deepcompile": True}}, r"DeepCompile"),
     ({"checkpoint": {"load_universal": True}}, r"universal checkpoints"),
     ({"managed_gradient_accumulation": False}, r"managed_gradient_accumulation"),
-    ({"communication_data_type": "bf16"}, r"communication_data_type is not supported"),
+    ({"communication_data_type": "fp16"}, r"communication_data_type: fp16 is not supported"),
     ({"data_types": {"grad_accum_dtype": "bf16"}}, r"grad_accum_dtype is not supported"),
     (_zero(reduce_scatter=False), r"reduce_scatter: false is not supported"),
     ({"hybrid_engine": {"enabled": True}}, r"the hybrid engine .* is not supported"),

@@ -57,6 +57,25 @@ def test_bf16_leaves_frozen_bits_alone(ranks, world, options):
         assert all(torch.equal(result["after"][name], results[0]["after"][name]) for name in masks)
 
 
+@pytest.mark.parametrize(("world", "options"), [(2, {}), (4, {"shard_group_size": 2, "gradient_reduction": "dense"})])
+def test_gradients_sent_in_bf16(ranks, expected, world, options):
+    masks, first, _, norms = expected
+    sent = {}
+    for kind in ("fp32", "bf16"):
+        options = options | {"config": {"communication_data_type": kind}}
+        results = ranks(world).run(_run, masks, 3, ACCUMULATION, options)
+        sent[kind] = [result["report"]["bytes_sent"] for result in results]
+    assert [2 * count for count in sent["bf16"]] == sent["fp32"] and min(sent["bf16"]) > 0
+    for result in results:
+        assert result["report"]["communication_dtype"] == "bfloat16"
+        for name, gradient in first.items():
+            # one rounding to 8 bits for each rank's share, and one more for the sum across groups
+            assert (result["first"][name].double() - gradient).abs().max() <= 2**-7 * gradient.abs().max(), name
+        assert torch.allclose(torch.tensor(result["norms"]), torch.tensor(norms[:3]), rtol=1e-2)
+        assert all(torch.equal(result["after"][name], results[0]["after"][name]) for name in masks)
+        _assert_frozen(result, masks)
+
+
 def _run(masks, steps, accumulation, options):
     return cases.sparse_run(masks, steps, accumulation, **options)
 
