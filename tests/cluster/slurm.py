@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -130,9 +131,7 @@ class Cluster:
         known = self.environment()
         known["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), known["PATH"]))
         known |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
-        done = subprocess.run(
-            command, cwd=ROOT, env=known, capture_output=True, text=True, timeout=60, check=False
-        )  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, env=known, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout.strip()
 
@@ -146,16 +145,21 @@ class Cluster:
         self.wait(lambda: self.job(number)["JobState"] not in _UNFINISHED, f"job {number} to end", timeout)
         return self.job(number)
 
-    def wait(self, holds: Callable[[], object], what: str, timeout: float = 300) -> None:
-        """Until `holds()`; AssertionError with the jobs' output where it never does."""
+    def wait(self, holds: Callable[[], object], what: str, timeout: float = 300, interval: float = 0.5) -> None:
+        """Until `holds()`, asked every `interval` seconds; AssertionError with all logs where it never does."""
         deadline = time.monotonic() + timeout
         while not holds():
             assert time.monotonic() < deadline, f"waited {timeout} s for {what}: {self.logs()}"
-            time.sleep(0.05)
+            time.sleep(interval)
 
-    def ranks(self, number: str) -> list[psutil.Process]:
-        """The processes of a job that are ranks."""
-        return [p for p in _with(SLURM_JOB_ID=number, SLURM_CONF=self.conf) if "RANK" in p.environ()]
+    def ranks(self, number: str, start: int) -> list[psutil.Process]:
+        """The processes of a job that are ranks; start: how often the job had been queued again."""
+        wanted = {"SLURM_JOB_ID": number, "SLURM_CONF": self.conf}
+        return [
+            process
+            for process, known in _environments()
+            if "RANK" in known and known.items() >= wanted.items() and int(known.get("SLURM_RESTART_COUNT", 0)) == start
+        ]
 
     @property
     def conf(self) -> str:
@@ -176,7 +180,7 @@ class Cluster:
             self._ask("scancel", "--full", "--signal=KILL", "--me")
         for daemon in reversed(self._daemons):
             daemon.terminate()
-        left = _with(SLURM_CONF=self.conf)
+        left = [process for process, known in _environments() if known.get("SLURM_CONF") == self.conf]
         _, alive = psutil.wait_procs(left, 5)
         for process in alive:
             process.kill()
@@ -188,17 +192,11 @@ class Cluster:
 _UNFINISHED = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED")
 
 
-def _with(**environment: str) -> list[psutil.Process]:
-    """Processes whose environment holds these values: nothing but what the cluster started has its SLURM_CONF."""
-    found = []
+def _environments() -> Iterator[tuple[psutil.Process, dict[str, str]]]:
+    """Every process, with its environment where that can be read."""
     for process in psutil.process_iter():
-        try:
-            known = process.environ()
-        except psutil.Error:
-            continue
-        if all(known.get(name) == value for name, value in environment.items()):
-            found.append(process)
-    return found
+        with suppress(psutil.Error):
+            yield process, process.environ()
 
 
 def _free_ports(number: int) -> list[int]:

@@ -66,12 +66,12 @@ def test_the_template_runs_the_main_job_on_two_nodes(cluster: Cluster, straight:
     assert ticket.num_active == round(0.1 * ticket.mask.eligible) and ticket.num_changed > 0
 
 
-def halt(cluster: Cluster, number: str, appears: Path) -> None:
-    """Stop the ranks' clocks as soon as `appears` is there, so that what comes next meets them in the middle: SLURM
-    continues halted processes just before it signals them."""
-    cluster.wait(appears.exists, f"{appears}")
-    ranks = cluster.ranks(number)
-    assert len(ranks) == 2
+def halt(cluster: Cluster, number: str, start: int, appears: Path) -> None:
+    """Halt the ranks of a job's start as soon as `appears` is there, so that what comes next meets them in the middle:
+    SLURM continues halted processes just before it signals them."""
+    cluster.wait(lambda: len(cluster.ranks(number, start)) == 2, f"ranks of start {start}")
+    ranks = cluster.ranks(number, start)
+    cluster.wait(appears.exists, f"{appears}", interval=0.01)
     for rank in ranks:
         rank.suspend()
 
@@ -81,13 +81,13 @@ def test_requeued_and_warned_of_the_time_limit(cluster: Cluster, world: Path, st
     output = tmp_path / "run"
     number = submit(cluster, *main_job(world, output))
 
-    halt(cluster, number, output / "calibration" / "checkpoint-4")
+    halt(cluster, number, 0, output / "calibration" / "checkpoint-4")
     cluster.call("scontrol", "requeue", number)
     cluster.wait(lambda: cluster.job(number)["Restarts"] == "1", "the second start")
     found = newest(output / "calibration")
     assert found is not None and 4 <= step_of(found) < 12
 
-    halt(cluster, number, output / "checkpoint-4")
+    halt(cluster, number, 1, output / "checkpoint-4")
     hours, minutes, _ = cluster.job(number)["RunTime"].split(":")
     limit = 60 * int(hours) + int(minutes) + 2  # between one minute from now and two: within the 120 s of the template
     cluster.call("scontrol", "update", f"JobId={number}", f"TimeLimit={limit}")
@@ -105,9 +105,23 @@ def test_requeued_and_warned_of_the_time_limit(cluster: Cluster, world: Path, st
     assert log.count("queued again") == 1  # SLURM itself did it the first time
 
 
-def test_only_a_stop_is_queued_again(cluster: Cluster) -> None:
-    """What the job's shell does with each end of its ranks; Python itself is the program here."""
-    fault = submit(cluster, "-c", "import os; raise SystemExit(3 if os.environ['RANK'] == '1' else 0)")
+# Ends with a status when both ranks are there. Like recipes that leave, it ignores what srun sends to the later one.
+ENDING = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+met = pathlib.Path(sys.argv[1]) / (os.environ["SLURM_JOB_ID"] + "-" + os.environ.get("SLURM_RESTART_COUNT", "0"))
+met.mkdir(exist_ok=True)
+(met / os.environ["RANK"]).touch()
+while len(list(met.iterdir())) < 2:
+    time.sleep(0.01)
+sys.exit(int(sys.argv[2]))
+"""
+
+
+def test_only_a_stop_is_queued_again(cluster: Cluster, tmp_path: Path) -> None:
+    """What the job's shell does with each end of its ranks; a few lines of Python are the recipe here."""
+    ending = ("-c", ENDING, str(tmp_path))
+    fault = submit(cluster, *ending, "3")
     job = cluster.finish(fault)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "3:0", "0"), cluster.log(fault)
 
@@ -117,9 +131,7 @@ def test_only_a_stop_is_queued_again(cluster: Cluster) -> None:
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), cluster.log(killed)
     assert job["ExitCode"] == "143:0"  # the other rank's, by SIGTERM: srun gives the highest
 
-    # The rank that ends first makes srun send SIGTERM to the other, which recipes ignore by then.
-    stopped = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); raise SystemExit(75)"
-    again = submit(cluster, "-c", stopped, MAX_REQUEUES="1")
+    again = submit(cluster, *ending, "75", MAX_REQUEUES="1")
     job = cluster.finish(again)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "75:0", "1"), cluster.log(again)
     assert "not queued again after 1 times" in cluster.log(again)
