@@ -45,6 +45,7 @@ def main_job(world: Path, output: Path) -> list[str]:
         *("--model_name_or_path", str(world / "model"), "--train_file", str(world / "train.jsonl")),
         *("--per_device_train_batch_size", "4", "--max_steps", "24", "--calibration_steps", "12", "--merged", "false"),
         *("--save_strategy", "steps", "--save_steps", "4", "--save_total_limit", "2", "--logging_steps", "4"),
+        *("--shard_group_size", "node"),
     ]
 
 
