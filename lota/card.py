@@ -123,7 +123,6 @@ Made from a ticket ({_of(ticket.mask)}; {_PAPER}) in the format of PEFT's SHiRA;
 ```python
 import torch
 from peft import PeftModel
-from lota.folder import write_text
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained("{base}"{load})

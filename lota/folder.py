@@ -17,20 +17,39 @@ from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# What torch and safetensors say of any failed write: a full disk, where little is free.
 _FULL_SIGNS = ("inline_container.cc", "iostream error", "No space left on device", "Disk quota exceeded")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Make `text` the content of a file, in UTF-8, by one rename: a reader finds the old content or the new."""
+    """Make `text` the content of a file, in UTF-8, by one rename: a reader finds the old content or the new, also after
+    the machine went down."""
     temporary = path.with_name(f".{path.name}.partial")
     with naming_disk_full(path):
         try:
             temporary.write_text(text, encoding="utf-8")
+            _sync_one(temporary)
             os.replace(temporary, path)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def sync(folder: Path) -> None:
+    """Have what is in a folder, and its names, on the disk."""
+    for path in folder.iterdir():
+        if path.is_file():
+            _sync_one(path)
+    _sync_one(folder)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -44,11 +63,12 @@ def naming_disk_full(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         number, file = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
-        is_said = "MiB are free" in str(error)
-        if is_said or (number not in _FULL and not any(sign in str(error) for sign in _FULL_SIGNS)):
-            raise
         place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         free = shutil.disk_usage(place).free / 2**20
+        is_said = "MiB are free" in str(error)
+        seems_full = free < 1024 and any(sign in str(error) for sign in _FULL_SIGNS)
+        if is_said or (number not in _FULL and not seems_full):
+            raise
         text = f"{os.strerror(number or errno.ENOSPC)}, {free:.1f} MiB are free: make room, then go on"
         raise OSError(number or errno.ENOSPC, text, file or str(path)) from error
 

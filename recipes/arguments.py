@@ -178,13 +178,28 @@ def validate(
             "enable_jit_checkpoint is the Trainer's way to save on SIGTERM: remove it; here SIGTERM and SIGUSR1 save a "
             "checkpoint always (docs/cluster.md)"
         )
+    if config.save_on_each_node:
+        raise ValueError(
+            "save_on_each_node would let every node write the same checkpoint in output_dir, which all of them share: "
+            "remove it"
+        )
+    if config.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size would change the rows of a step while the run goes on: remove it, and give "
+            "per_device_train_batch_size"
+        )
     idle = unused.on_command_line & {"save_steps", "save_total_limit"} if config.save_strategy == "no" else set()
     if idle:
         raise ValueError(
             f"save_strategy is 'no', so {', '.join(sorted(idle))} would be ignored: add --save_strategy steps"
         )
     if args.global_batch_size is not None:
-        settle(config, args.global_batch_size, world_size(), unused.on_command_line | set(keys_of_config(argv)))
+        in_file = set(keys_of_config(argv))
+        if "global_batch_size" in unused.on_command_line and "gradient_accumulation_steps" in in_file:
+            note = "global_batch_size is given; not used from the config file: gradient_accumulation_steps"
+            unused.notes.append(note)
+            in_file = set()
+        settle(config, args.global_batch_size, world_size(), unused.on_command_line | in_file)
     _choice("method", args.method, METHODS)
     deepspeed_options.check(config, is_sparse=args.method == "lota" and not mask_only)
     if args.ticket_dtype not in (None, "float32"):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers import set_seed
 from transformers.trainer_utils import rotate_checkpoints
 
-from lota.folder import naming_disk_full
+from lota.folder import naming_disk_full, sync
 from lota.zero.agreement import together
 from recipes import contents
 from recipes.batch import Batch, whole_steps
@@ -64,6 +64,13 @@ class WholeCheckpoints:
         else:
             set_seed(new_seed(self.args.seed, self.state.global_step, self.args.process_index))
 
+    def _remove_later(self, folder: Path) -> None:
+        """Remove checkpoints of a run that had come further, before this one went on from an older checkpoint: they
+        would be the ones to go on from, and rotation would keep them."""
+        for path in folder.glob("checkpoint-*"):
+            if _FOLDER.fullmatch(path.name) and step_of(path) > self.state.global_step:
+                shutil.rmtree(path, ignore_errors=True)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))  # type: ignore[misc]
         name = f"checkpoint-{self.state.global_step}"
@@ -90,8 +97,11 @@ class WholeCheckpoints:
             if self.args.should_save:
                 contents.write(staging / name, Batch.of(self.args, self.args.world_size), views)
                 shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that went on from an older checkpoint
+                sync(staging / name)
                 os.replace(staging / name, folder / name)
+                sync(folder)
                 staging.rmdir()
+                self._remove_later(folder)
                 rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=False)
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lota.folder import write_text
 from recipes.batch import Batch
 
 NAME = "contents.json"
@@ -41,7 +42,7 @@ def write(folder: Path, batch: Batch, views: Iterable[Mapping[str, Mapping[str, 
                 files[name] = facts
     body = {"format": FORMAT, "version": VERSION, "batch": asdict(batch), "files": files}
     text = json.dumps({**body, "sha256": _digest(body)}, indent=1)
-    (folder / NAME).write_text(text, encoding="utf-8")
+    write_text(folder / NAME, text)
 
 
 def read(folder: Path) -> tuple[Batch, Files]:

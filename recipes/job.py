@@ -19,6 +19,7 @@ _NEWS = 5.0  # seconds after a broken collective in which the rank that broke it
 
 _advice: str | None = None
 _watch: RankWatch | None = None
+_is_training = False
 
 
 def run_job(main: Callable[[], None], advice: str = "") -> None:
@@ -46,6 +47,13 @@ def watch_ranks() -> None:
         _watch = RankWatch(_advice)
 
 
+def training(is_training: bool) -> None:
+    """Between the begin and the end of the steps nothing is checked that the user gave: a ValueError is a fault then,
+    and shows where it came from."""
+    global _is_training
+    _is_training = is_training
+
+
 def _leave() -> None:
     if _watch is not None:
         _watch.leave()
@@ -53,7 +61,7 @@ def _leave() -> None:
 
 def _end(error: Exception) -> int:
     """Say what happened, once in a job; the exit status."""
-    is_wrong_input = isinstance(error, ValueError)
+    is_wrong_input = isinstance(error, ValueError) and not _is_training
     is_disk_full = isinstance(error, OSError) and error.errno in _DISK_FULL
     says_all = is_wrong_input or is_disk_full or isinstance(error, FloatingPointError)  # lota.zero.skipped
     reason = str(error) if is_wrong_input else f"{type(error).__name__}: {error}"

@@ -51,18 +51,19 @@ def from_rank_0(look: Callable[[], T]) -> T:
     """
     if _num_ranks() == 1:
         return look()
-    seen: list[Any] = [None, None]
+    seen: list[Any] = [None, None, ValueError]
     error: Exception | None = None
     if dist.get_rank() == 0:
         try:
             seen[0] = look()
         except Exception as caught:  # noqa: BLE001 (raised on every rank)
             error, seen[1] = caught, _text(caught)
+            seen[2] = OSError if isinstance(caught, OSError) else ValueError
     dist.broadcast_object_list(seen)
     if error is not None:
         raise error
     if seen[1] is not None:
-        raise ValueError(seen[1])
+        raise seen[2](seen[1])
     return seen[0]
 
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, ProgressCallback, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
-from recipes import contents, examples, lora
+from recipes import contents, examples, job, lora
 from recipes.arguments import Config, LotaArguments, PreferenceConfig
 from recipes.batch import Batch, world_size
 from recipes.checkpoints import WholeCheckpoints, adopt, chosen, is_complete, step_of
@@ -248,6 +248,10 @@ class _Log(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         adopt(state, args)
+        job.training(True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        job.training(False)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.num_micro_steps += 1

@@ -6,6 +6,7 @@ a preempted cloud machine gets SIGTERM. It is enough that one rank hears: all st
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,15 @@ def listening() -> Iterator[None]:
     finally:
         for number, handler in zip(SIGNALS, after):
             signal.signal(number, handler)
+
+
+def _forget_in_child() -> None:
+    """Workers that a library forks, and ends by SIGTERM, end by it."""
+    if signal.getsignal(signal.SIGTERM) is _note:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

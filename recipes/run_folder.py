@@ -166,8 +166,10 @@ class RunFolder:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a run that was killed left half written under hidden names, in its folder and its calibration's."""
+    for marker in folder.glob(".seen-*"):
+        marker.unlink(missing_ok=True)
     for place in (folder, folder / "calibration"):
-        for name in ("checkpoint-*", *LEFT_BY_A_RUN):
+        for name in ("checkpoint-*", "run.json", *LEFT_BY_A_RUN):
             for ending in ("partial", "tmp-*", "old-*"):
                 for path in place.glob(f".{name}.{ending}"):
                     if path.is_dir():

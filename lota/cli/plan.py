@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     layout = Layout(
         ranks=args.ranks,
         node_size=args.node_size,
-        shard_group_size=_group_size(args.shard_group_size, args.node_size),
+        shard_group_size=_group_size(args.shard_group_size, args.node_size, args.ranks),
         communication_bytes={"fp32": 4, "bf16": 2}[args.communication_data_type],
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         gradient_checkpointing=args.gradient_checkpointing,
@@ -95,11 +95,11 @@ def run(args: argparse.Namespace) -> None:
         print(f"A plan fits where its peak is at most {format_bytes(memory)}; leave some of it for activations.")
 
 
-def _group_size(asked: str | None, node_size: int | None) -> int | None:
+def _group_size(asked: str | None, node_size: int | None, ranks: int) -> int | None:
     if asked in (None, "world"):
         return None
     if asked == "node":
-        return node_size
+        return None if node_size is None else min(node_size, ranks)
     if not str(asked).isdecimal():
         raise ValueError(f"shard_group_size must be a positive integer, node or world, got {asked!r}")
     return int(str(asked))

@@ -142,6 +142,7 @@ class RankWatch:
             waiting.discard(hello["rank"])
             _prepare(connection)
             self._sockets[connection] = _Peer(hello["rank"], hello["where"])
+            _send(connection, {"welcome": True})
         listener.close()
         if waiting:
             ranks = ", ".join(map(str, sorted(waiting)[:8]))
@@ -180,6 +181,9 @@ class RankWatch:
                         self._hear(peer)
                 if not data:
                     selector.unregister(connection)
+                    if self._rank > 0 and "welcome" not in peer.words:
+                        print(f"[lota] rank {self._rank} cannot reach rank 0, which did not answer", flush=True)
+                        continue
                     if not peer.words.get("done"):
                         self._hear(peer)
 
@@ -226,9 +230,9 @@ def _prepare(connection: socket.socket) -> None:
 
 
 def _read_line(connection: socket.socket) -> bytes:
-    """One line and not a byte more."""
-    line = b""
-    while not line.endswith(b"\n") and len(line) < 4096:
+    """One line and not a byte more, of a peer that sends it within 5 s."""
+    line, deadline = b"", time.monotonic() + 5.0
+    while not line.endswith(b"\n") and len(line) < 4096 and time.monotonic() < deadline:
         byte = connection.recv(1)
         if not byte:
             break

@@ -11,10 +11,15 @@ if [ $# -eq 0 ]; then
   echo "nothing to run: sbatch recipes/slurm/one_node.sbatch recipes/train_lota.py --config FILE --output_dir DIR" >&2
   exit 2
 fi
-# On an empty output_dir this begins, so a job can always be given it. evaluate.py goes on without being told.
+# On an empty output_dir this begins, so a job can always be given it. A checkpoint that was named is gone on from once.
+# evaluate.py goes on without being told.
 case $1 in
   *evaluate.py) ;;
-  *) set -- "$@" --resume_from_checkpoint true ;;
+  *)
+    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || [[ " $*" != *" --resume_from_checkpoint"* ]]; then
+      set -- "$@" --resume_from_checkpoint true
+    fi
+    ;;
 esac
 
 # Where the ranks meet: on the first node, at a port that two jobs on it are unlikely to share.

@@ -111,6 +111,7 @@ def test_stock_peft_gives_the_applied_models_logits(tmp_path: Path, capsys: pyte
         assert files(adapter) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
         readme = (adapter / "README.md").read_text(encoding="utf-8")
         assert is_card(readme) and f"dtype=torch.{plain}" in readme and "low_cpu_mem_usage=True" in readme
+        assert "import lota" not in readme and "from lota" not in readme, "stock PEFT alone loads it"
         written = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         assert whole <= set(written["modules_to_save"] or ())
         with torch.no_grad():

@@ -254,6 +254,16 @@ def test_command_counts_a_mask(folder, capsys):
     assert "has shape (256, 512)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("ranks", "expected"), [("8", 4), ("2", 2)])
+def test_command_knows_a_nodes_ranks(folder, capsys, ranks, expected):
+    def held(size):
+        arguments = ["plan", str(folder), "--ranks", ranks, "--node_size", "4", "--method", "lota", "--json"]
+        assert main([*arguments, "--shard_group_size", size]) == 0
+        return json.loads(capsys.readouterr().out)["plans"]
+
+    assert held("node") == held(str(expected))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

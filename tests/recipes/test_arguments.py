@@ -58,6 +58,8 @@ def test_defaults() -> None:
         (["--calibration_learning_rate", "-1"], "must be above 0"),
         (["--save_strategy", "no", "--save_steps", "5"], "save_steps would be ignored: add --save_strategy steps"),
         (["--enable_jit_checkpoint", "true"], "SIGTERM and SIGUSR1 save a checkpoint always"),
+        (["--save_on_each_node", "true"], "every node write the same checkpoint"),
+        (["--auto_find_batch_size", "true"], "give per_device_train_batch_size"),
         (["--push_to_hub", "true"], "would upload the Trainer's folders and not the ticket"),
         (["--save_only_model", "true"], "save_only_model would leave checkpoints"),
         (["--ticket_dtype", "int8"], "ticket_dtype must be"),
@@ -102,6 +104,16 @@ def test_one_file_serves_every_method_and_the_command_line_wins(tmp_path: Path) 
     path.write_text("densty: 0.2\n", encoding="utf-8")
     with pytest.raises(ValueError, match="Did you mean 'density'"):
         checked("--config", str(path))
+
+
+def test_the_global_batch_given_wins_over_the_files_accumulation(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("gradient_accumulation_steps: 4\nper_device_train_batch_size: 2\n", encoding="utf-8")
+    _, config, notes = checked("--config", str(path), "--global_batch_size", "32")
+    assert config.gradient_accumulation_steps == 16
+    assert notes == ["global_batch_size is given; not used from the config file: gradient_accumulation_steps"]
+    with pytest.raises(ValueError, match="not both"):
+        checked("--global_batch_size", "32", "--gradient_accumulation_steps", "4")
 
 
 def test_mask_skips_calibration_and_has_none_to_calibrate(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerState
 
 from recipes import phases
 from recipes.checkpoints import newest
-from recipes.preemption import EXIT_STATUS, SIGNALS
+from recipes.preemption import EXIT_STATUS, SIGNALS, listening
 from tests.ranks import RankPool
 from tests.recipes.jobs import ROOT, run_recipe, summary
 from tests.recipes.test_end_to_end import command_of, world
@@ -155,3 +155,26 @@ def test_the_launchers_status(world: Path, tmp_path: Path) -> None:
         said = log.read()
     assert status == EXIT_STATUS, said[-3000:]
     assert "stopped by SIGUSR1 after step" in said and not (output / "ticket").exists()
+
+
+def _child_ends_by_sigterm() -> bool:
+    with listening():
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+        time.sleep(0.2)
+        os.kill(child, signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
+            time.sleep(0.05)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return False
+
+
+def test_workers_that_a_library_forks_still_end_by_sigterm(ranks: Callable[[int], RankPool]) -> None:
+    assert all(ranks(2).run(_child_ends_by_sigterm))

@@ -17,7 +17,7 @@ from trl import SFTConfig
 
 from recipes import contents
 from recipes.batch import Batch
-from recipes.checkpoints import adopt, chosen, newest
+from recipes.checkpoints import WholeCheckpoints, adopt, chosen, newest
 from tests.recipes.faults import ENVIRONMENT, kill_rank, start
 from tests.recipes.test_end_to_end import ROOT, command_of, launch, succeed, world
 
@@ -136,3 +136,12 @@ def test_a_checkpoints_state_becomes_the_runs_own(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-10").mkdir()  # where it was when the folder had another name, the Trainer does not find it
     adopt(state, asked)
     assert state.best_model_checkpoint == str(tmp_path / "checkpoint-10")
+
+
+def test_what_a_run_had_after_the_checkpoint_it_went_on_from_is_removed(tmp_path):
+    trainer = WholeCheckpoints()
+    trainer.state = TrainerState(global_step=450)
+    for name in ("checkpoint-400", "checkpoint-450", "checkpoint-600", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+    trainer._remove_later(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-400", "checkpoint-450", "checkpoint-best"]
