@@ -81,7 +81,8 @@ def one_host(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1], ids=["node-a", "node-b"])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1], ids=["node-a", "node-b"])
 def test_a_rank_that_is_killed(
     hosts: tuple[Host, Host], world: Path, one_host: Path, tmp_path: Path, victim: int
 ) -> None:

@@ -138,6 +138,7 @@ def test_only_a_stop_is_queued_again(cluster: Cluster, tmp_path: Path) -> None:
     assert "not queued again after 1 times" in cluster.log(again)
 
 
+@pytest.mark.slow
 def test_a_chain(cluster: Cluster, world: Path, straight: Path, tmp_path: Path) -> None:
     """Calibrate, train, evaluate give the ticket of the one job; what is complete is not repeated."""
     config = yaml.safe_load((ROOT / "recipes/configs/demo.yaml").read_text(encoding="utf-8"))

@@ -62,6 +62,7 @@ def check_ended_by(job: Job, what: str) -> None:
     assert "--resume_from_checkpoint true" in lines[0] and "Traceback" not in job.text()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up(world: Path, small_disk: Path, tmp_path: Path) -> None:
     straight, run = tmp_path / "straight", small_disk / "run"
     succeed("train_lota.py", world, straight, *OPTIONS)

@@ -264,7 +264,7 @@ def assert_same_mask(output: Path, expected: Path, is_exact: bool) -> None:
     ("recipe", "score", "sizes"),
     [
         ("train_lota", "task_vector", (4,)),
-        ("train_dpo", "gradient", (1,)),
+        pytest.param("train_dpo", "gradient", (1,), marks=pytest.mark.slow),
         pytest.param("train_lota", "task_vector", (2, 1), marks=pytest.mark.slow),
         pytest.param("train_lota", "fisher", (2, 1, 4), marks=pytest.mark.slow),
         pytest.param("train_dpo", "task_vector", (2, 4), marks=pytest.mark.slow),

@@ -113,6 +113,7 @@ def test_without_a_checkpoint_the_end_is_not_stopped(
     assert summary(run)["training"]["steps"] == 6 and not list(run.glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_left_alone(ranks: Callable[[int], RankPool], world: Path, tmp_path: Path) -> None:
     """save_strategy "best" decides at every evaluation whether to save, load_best_model_at_end with save_total_limit 1
     removes every other checkpoint at the end: neither may undo what a stop saves."""

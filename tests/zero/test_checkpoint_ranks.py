@@ -101,7 +101,7 @@ def written(ranks, tmp_path_factory) -> dict[Any, tuple[Path, Any]]:
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_every_layout_goes_on_from_every_other(ranks, written, world) -> None:
     readers = [layout for layout in LAYOUTS if layout[0] == world]
     jobs, pairs = [], []
