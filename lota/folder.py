@@ -29,7 +29,7 @@ def write_text(path: Path, text: str) -> None:
     with naming_disk_full(path):
         try:
             temporary.write_text(text, encoding="utf-8")
-            _sync_one(temporary)
+            sync_path(temporary)
             os.replace(temporary, path)
         except OSError:
             temporary.unlink(missing_ok=True)
@@ -40,11 +40,12 @@ def sync(folder: Path) -> None:
     """Have what is in a folder, and its names, on the disk."""
     for path in folder.iterdir():
         if path.is_file():
-            _sync_one(path)
-    _sync_one(folder)
+            sync_path(path)
+    sync_path(folder)
 
 
-def _sync_one(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

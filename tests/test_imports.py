@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT: dict[str, set[str]] = {
     "wording": set(),
     "kernels": set(),
-    "ticket": {"wording", "kernels"},
+    "ticket": {"folder", "wording", "kernels"},
     "plan": {"ticket", "kernels"},
     "selection": {"ticket", "kernels"},
     "zero": {"folder", "wording", "plan", "ticket", "kernels"},

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lota.folder import sync_path
 from lota.ticket.container import StreamWriter
 from lota.ticket.manifest import MANIFEST_NAME, Manifest, TensorRecord, check_provenance, format_manifest
 
@@ -185,7 +186,7 @@ class TicketWriter:
             file.flush()
             os.fsync(file.fileno())
         self.num_bytes = sum(entry.stat().st_size for entry in self._temporary.iterdir())
-        _sync_directory(self._temporary)
+        sync_path(self._temporary)
 
     def _publish(self) -> None:
         check_target(self.path, self._overwrite)
@@ -200,7 +201,7 @@ class TicketWriter:
             if replaced is not None:
                 replaced.rename(self.path)
             raise
-        _sync_directory(self.path.parent)
+        sync_path(self.path.parent)
         if replaced is not None:
             shutil.rmtree(replaced)
 
@@ -246,11 +247,3 @@ def _file_names(num_shards: int) -> list[str]:
     if num_shards <= 1:
         return ["ticket.safetensors"][:num_shards]
     return [f"ticket-{number:05d}-of-{num_shards:05d}.safetensors" for number in range(1, num_shards + 1)]
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
