@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
 from lota.kernels import CHOICES as KERNELS
 from lota.kernels import using
 from lota.selection import Selection, check, eligible, select, validate_budget, validate_density
@@ -155,11 +157,13 @@ def sparse_zero3(
 def _block(run: CalibrationRun | SparseRun) -> Iterator[None]:
     has_failed = True
     join_world()
+    hook = register_optimizer_step_pre_hook(run.check_step)
     try:
         with substituted(run, run.optimizer_class):
             yield
         has_failed = False
     finally:
+        hook.remove()
         run.close(has_failed)
 
 

@@ -43,7 +43,6 @@ class CalibrationRun(BlockRun):
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def prepare(self, model: torch.nn.Module, config: Any) -> None:
-        self._claim()
         weights.check_world_sharded(model, "")
         shapes = weights.shapes(model)
         trainable = {name for name, param in model.named_parameters() if param.requires_grad}

@@ -25,13 +25,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload, stage3
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.utils import defragment
 from deepspeed.utils import log_dist
 from packaging.version import Version
 from torch import Tensor
 
 from lota.zero.sparse import SparseTraining
 from lota.zero.supported import check_config, check_optimizer_class
-from lota.zero.weights import regroup, shard_over_world
+from lota.zero.weights import has_mixed_dtypes, regroup, shard_over_world
 
 TESTED = "0.19"
 FIRST_TESTED = Version("0.19.8")
@@ -47,6 +48,7 @@ class Run(Protocol):
     is_closed: bool
     engine: Any
 
+    def claim(self) -> None: ...
     def prepare(self, model: torch.nn.Module, engine_config: Any) -> None: ...
     def weight_group(self) -> Any: ...
     def before_step(self) -> None: ...
@@ -126,7 +128,8 @@ class LotaEngine(DeepSpeedEngine):
             check_optimizer_class(optimizer)
             _check_unused(kwargs["model"])
             gc.collect()  # what an earlier block left behind, if its model was in use until now
-            self.run.prepare(kwargs["model"], config)
+            self.run.claim()
+            self._to_prepare = kwargs["model"], config
         super().__init__(*args, **kwargs)
         self._is_destroyed = False
         if self.is_lota and super().zero_gather_16bit_weights_on_model_save():
@@ -139,6 +142,13 @@ class LotaEngine(DeepSpeedEngine):
         if self.is_lota:
             self.run.built(self)
             _ENGINES[self.module] = weakref.ref(self)
+
+    def _set_distributed_vars(self, args: Any) -> None:
+        """DeepSpeed gives the rank its device here; what ranks must agree on travels on that device, and not before."""
+        super()._set_distributed_vars(args)
+        if self.is_lota:
+            self.run.prepare(*self._to_prepare)
+            del self._to_prepare
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         has_ended = self.is_lota and (self.run.is_closed or self.run.engine is not self)
@@ -179,15 +189,21 @@ class LotaEngine(DeepSpeedEngine):
         if group is not None:
             shard_over_world(self.module, self)
             regroup(self.module, group)
-        if self.optimizer_class is None:
+        is_mixed = has_mixed_dtypes(self.module)
+        if is_mixed and self.zero_offload_param() is not None:
+            raise ValueError(
+                "offload_param is not supported where the trained weights have several dtypes, because DeepSpeed keeps "
+                "offloaded weights in one: delete offload_param, or load the model in one dtype"
+            )
+        if self.optimizer_class is None and not is_mixed:
             return super()._configure_zero_optimizer(optimizer)
         # superoffload derives a class from ZeRO-3's when it is first imported: that must have happened before the swap.
         import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401
 
-        ours = self.optimizer_class
+        ours, links = self.optimizer_class, {"lota_run": self.run, "lota_engine": self}
 
         def construct(*args: Any, **kwargs: Any) -> DeepSpeedZeroOptimizer_Stage3:
-            return ours(*args, lota_run=self.run, lota_engine=self, **kwargs)
+            return DenseOptimizer(*args, **kwargs) if ours is None else ours(*args, **links, **kwargs)
 
         stage3.DeepSpeedZeroOptimizer_Stage3 = construct
         try:
@@ -263,7 +279,39 @@ class LotaEngine(DeepSpeedEngine):
         return loaded
 
 
-class CompactOptimizer(DeepSpeedZeroOptimizer_Stage3):
+class DenseOptimizer(DeepSpeedZeroOptimizer_Stage3):
+    """ZeRO-3 whose weights may have several dtypes (a model that keeps some of its tensors in fp32).
+
+    DeepSpeed flattens all trained weights into one buffer, of one dtype; here every dtype has a buffer of its own.
+    """
+
+    def _create_fp16_sub_groups(self, params_group: list[Any]) -> list[list[Any]]:
+        """Sub-groups of one dtype each."""
+        by_dtype: dict[torch.dtype, list[Any]] = {}
+        for param in params_group:
+            by_dtype.setdefault(param.ds_tensor.dtype, []).append(param)
+        make = super()._create_fp16_sub_groups
+        return [sub_group for params in by_dtype.values() for sub_group in make(params)]
+
+    def _get_parameter_partitions(self) -> list[Tensor]:
+        """What DeepSpeed puts into its buffer: the pieces of the first dtype."""
+        pieces = super()._get_parameter_partitions()
+        return [piece for piece in pieces if piece.dtype == pieces[0].dtype]
+
+    def _set_fp16_partitioned_groups_flat(self) -> None:
+        buffers = {self.lp_param_buffer.dtype: self.lp_param_buffer}
+        pieces = super()._get_parameter_partitions()
+        for dtype in dict.fromkeys(piece.dtype for piece in pieces):
+            if dtype not in buffers:
+                buffers[dtype] = defragment([piece for piece in pieces if piece.dtype == dtype])
+        filled = dict.fromkeys(buffers, 0)
+        for sub_group in self.fp16_groups:
+            dtype, numel = sub_group[0].ds_tensor.dtype, sum(param.partition_numel() for param in sub_group)
+            self.fp16_partitioned_groups_flat.append(buffers[dtype].narrow(0, filled[dtype], numel))
+            filled[dtype] += numel
+
+
+class CompactOptimizer(DenseOptimizer):
     """ZeRO-3 whose gradients and steps go to `self.core` (built by the run); it allocates nothing dense itself."""
 
     def __init__(self, *args: Any, lota_run: Run, lota_engine: Any, **kwargs: Any) -> None:

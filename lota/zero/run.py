@@ -41,15 +41,29 @@ class BlockRun:
         self.base: dict[str, BaseTensor] = {}
         self._freeze: Freeze | None = None
         self._groups: BlockGroups | None = None
-        self._was_built = False
+        self._is_claimed = self._was_built = False
         self.is_closed = False
         self.core: Any = None
         self._last_saved: tuple[Path, int] | None = None
 
-    def _claim(self) -> None:
-        if self._freeze is not None:
+    def claim(self) -> None:
+        """An engine is about to be built; ValueError where it is the block's second."""
+        if self._is_claimed:
             raise ValueError(
                 "a second trainable engine was built in one lota block; give every engine a block of its own"
+            )
+        self._is_claimed = True
+
+    def check_step(self, *_: Any) -> None:
+        """Before any step of a torch optimizer in the block: ValueError where no engine of the block was built yet.
+
+        Training would run to its end outside of DeepSpeed, densely, and only the end of the block would notice.
+        """
+        if not self._is_claimed:
+            raise ValueError(
+                "an optimizer steps inside a lota block before a DeepSpeed engine was built in it, so it trains "
+                "densely. Give the trainer a ZeRO-3 configuration (deepspeed=... of TrainingArguments), or call "
+                "deepspeed.initialize(...); steps of other models belong outside the block"
             )
 
     @property

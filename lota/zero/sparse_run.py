@@ -59,16 +59,15 @@ class SparseRun(BlockRun):
         return self.core
 
     def prepare(self, model: torch.nn.Module, config: Any) -> None:
-        self._claim()
         size = self._agreed_shard_group_size()
         weights.check_world_sharded(model, " and pass shard_group_size")
         parameters = dict(model.named_parameters())
-        shapes = weights.shapes(model)
+        shapes, dtypes = weights.shapes(model), weights.engine_dtypes(model, config)
         _check_same_on_all_ranks(self.mask.digest, self.device)
         for name in self.mask.names:
             if name not in shapes:
                 raise ValueError(f"the mask names {name}, which the model does not have" + did_you_mean(name, shapes))
-            self.mask.check_base(name, shapes[name], dtype_name(_engine_dtype(config, parameters[name].dtype)), None)
+            self.mask.check_base(name, shapes[name], dtype_name(dtypes[name]), None)
             if self.mask.active(name) and not parameters[name].requires_grad:
                 raise ValueError(
                     f"the mask trains {name}, but its requires_grad is False; set it to True or leave the tensor "
@@ -240,13 +239,6 @@ def smallest_memory(device: torch.device) -> int | None:
     total = torch.tensor([get_accelerator().total_memory()], dtype=torch.int64, device=device)
     dist.all_reduce(total, op=dist.ReduceOp.MIN)
     return int(total)
-
-
-def _engine_dtype(config: Any, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that the engine will give the weights."""
-    if config.bfloat16_config.enabled:
-        return torch.bfloat16
-    return torch.float16 if config.float16_config.enabled else dtype
 
 
 def _check_same_on_all_ranks(digest: str, device: torch.device) -> None:

@@ -49,9 +49,26 @@ def _zero_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     yield from model.named_parameters()
 
 
+def engine_dtypes(model: torch.nn.Module, engine_config: Any) -> dict[str, torch.dtype]:
+    """The dtype that every parameter will have in the engine: DeepSpeed casts a model that was not made by `zero.Init`,
+    and only such."""
+    parameters = dict(model.named_parameters())
+    dtypes = {name: param.dtype for name, param in parameters.items()}
+    if any(hasattr(param, "ds_id") for param in parameters.values()):
+        return dtypes
+    if engine_config.bfloat16_config.enabled:
+        return dict.fromkeys(dtypes, torch.bfloat16)
+    return dict.fromkeys(dtypes, torch.float16) if engine_config.float16_config.enabled else dtypes
+
+
 def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Full shape of every parameter, sharded or not."""
     return {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in model.named_parameters()}
+
+
+def has_mixed_dtypes(model: torch.nn.Module) -> bool:
+    """Whether the tensors to be trained have more than one dtype."""
+    return len({param.dtype for param in model.parameters() if param.requires_grad}) > 1
 
 
 def regroup(model: torch.nn.Module, group: Any) -> None:

@@ -197,3 +197,70 @@ def _left_alive(destroys: bool) -> list[str]:
 def test_dense_states_end_with_the_mask(ranks, destroys):
     """DeepSpeed's process-wide lists would keep 16 bytes a parameter beside the sparse run."""
     assert ranks(2).run(_left_alive, destroys) == [[], []]
+
+
+def _device_before_collectives() -> list[str]:
+    """What happens, in order, while an engine is built on a model that was made outside of `zero.Init`."""
+    import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
+
+    events: list[str] = []
+
+    def recorded(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            events.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    names = ("all_reduce", "all_gather_object", "all_to_all_single", "broadcast_object_list", "broadcast")
+    before = {name: getattr(dist, name) for name in names}
+    accelerator = get_accelerator()
+    set_device = accelerator.set_device
+    try:
+        for name in names:
+            setattr(dist, name, recorded(name, before[name]))
+        accelerator.set_device = recorded("set_device", set_device)
+        with lota.sparse_zero3(lota.Mask.from_dense(cases.make_masks())):
+            _initialize(cases.make_model()).destroy()
+    finally:
+        accelerator.set_device = set_device
+        for name in names:
+            setattr(dist, name, before[name])
+    return events
+
+
+def test_a_rank_has_its_device_before_it_talks_to_others(ranks):
+    for events in ranks(2).run(_device_before_collectives):
+        assert "all_reduce" in events
+        assert events[0] == "set_device"
+
+
+def _steps_without_an_engine(where: str) -> tuple[str, bool]:
+    """The error of a plain training loop inside a block, and whether the model's weights moved."""
+    model = cases.make_model()
+    before = [param.detach().clone() for param in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    block = lota.calibration_zero3() if where == "calibration" else lota.sparse_zero3(_mask())
+    error = ""
+    try:
+        with block:
+            optimizer.step()
+    except ValueError as caught:
+        error = str(caught)
+    moved = any(not torch.equal(param, value) for param, value in zip(model.parameters(), before, strict=True))
+    optimizer.step()  # outside of the block nobody minds
+    return error, moved
+
+
+def _mask() -> lota.Mask:
+    return lota.Mask.from_dense(cases.make_masks())
+
+
+@pytest.mark.parametrize("where", ["calibration", "sparse"])
+def test_a_trainer_without_deepspeed_is_stopped_at_its_first_step(ranks, where):
+    ((error, moved),) = ranks(1).run(_steps_without_an_engine, where)
+    assert "before a DeepSpeed engine was built" in error
+    assert not moved
