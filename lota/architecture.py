@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 
-def build_on_meta(folder: Path) -> nn.Module:
+def build_on_meta(folder: Path, model_facts: Mapping[str, Any] | None = None) -> nn.Module:
     """The model of a folder's config.json, as transformers would load it, on the meta device (no memory, no weights).
 
-    The class is the one that the configuration names, else a causal language model. ValueError without config.json.
+    The class is the one that the configuration names, else a causal language model. model_facts: what a ticket says of
+    a model with more tensors than its base (see `lota.ticket.Manifest`), whose class and configuration count instead.
+    ValueError without config.json.
     """
     import transformers
 
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: expected the folder of a transformers model")
     config = transformers.AutoConfig.from_pretrained(folder)
+    for key, value in ((model_facts or {}).get("config") or {}).items():
+        owner = config.get_text_config() if hasattr(config.get_text_config(), key) else config
+        setattr(owner, key, {int(k): v for k, v in value.items()} if key == "id2label" else value)
     named = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
         model: nn.Module = (

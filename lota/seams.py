@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,16 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lota.kernels import CHOICES as KERNELS
 from lota.kernels import using
-from lota.selection import Selection, check, eligible, select, validate_budget, validate_density
+from lota.selection import (
+    Candidates,
+    Selection,
+    candidates,
+    check,
+    check_unprotected,
+    select,
+    validate_budget,
+    validate_density,
+)
 from lota.ticket import Mask, Ticket
 from lota.wording import did_you_mean
 from lota.zero.calibration_run import CalibrationRun
@@ -51,10 +60,16 @@ class Calibration:
             seed=self._seed,
             group=self._run.groups.reduction.world,
             base={name: self._run.base[name] for name in self._run.names},
+            rows=self._run.rows,
         )
+        mask = self.selection.mask
+        if self._run.dense:
+            mask = mask.with_dense(
+                self._run.dense, mask.base | {name: self._run.base[name] for name in self._run.dense}
+            )
         if not keep:
             self._run.release()
-        return self.selection.mask
+        return mask
 
     def report(self) -> dict[str, Any]:
         """Bytes this rank held, by kind; eligible entries; steps; after `mask()` also what was selected."""
@@ -80,6 +95,7 @@ def calibration_zero3(
     protect: Sequence[Any] = (),
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    dense: Sequence[str] | None = None,
     seed: int = 0,
     max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
 ) -> Iterator[Calibration]:
@@ -89,7 +105,10 @@ def calibration_zero3(
     sharded over all ranks. `task_vector` trains densely (eligible tensors only) and scores |fp32 master - base|;
     `gradient`, `fisher` and `snip` accumulate scores in place of steps and leave the weights alone; `magnitude` and
     `random` look at the weights only. protect: masks, tickets or their paths, whose entries are never chosen. include,
-    exclude: patterns over tensor names (see `lota.selection.eligible`). max_skipped_steps: see `sparse_zero3`.
+    exclude: patterns over tensor names (see `lota.selection.eligible`); one of `include` may name a range of rows:
+    `model.embed_tokens.weight[128256:]`. dense: patterns of tensors (or their rows) to train whole, beside the entries
+    that are chosen: what the base does not have (a new head, added rows), which is refused otherwise; they join the
+    mask with all of their entries. max_skipped_steps: see `sparse_zero3`.
     ValueError for what is wrong or unsupported, before training.
     """
     if score not in SCORES:
@@ -97,10 +116,16 @@ def calibration_zero3(
     validate_density(density)
     validate_budget(budget)
     masks = [_as_mask(item) for item in protect]
+
+    def choose(shapes: Mapping[str, tuple[int, ...]], buffers: Mapping[str, tuple[int, ...]]) -> Candidates:
+        chosen = candidates(shapes, include, exclude, dense, buffers)
+        check_unprotected(chosen.dense, masks)
+        return chosen
+
     run = CalibrationRun(
         score,
-        lambda shapes: eligible(shapes, include, exclude),
-        lambda shapes, base: check(shapes, density=density, budget=budget, protect=masks, base=base),
+        choose,
+        lambda shapes, rows, base: check(shapes, density=density, budget=budget, protect=masks, base=base, rows=rows),
         max_skipped_steps,
     )
     with _block(run):
@@ -111,6 +136,7 @@ def calibration_zero3(
 def sparse_zero3(
     mask: Any,
     *,
+    dense: Sequence[str] | None = None,
     shard_group_size: int | str | None = None,
     gradient_reduction: str = "auto",
     reduce_every: str = "micro_step",
@@ -123,6 +149,9 @@ def sparse_zero3(
     mask: a `Mask`, a `Ticket`, or the path of one. Inside, `deepspeed.initialize` builds an engine whose masters,
     moments and gradients exist for active entries only; everything else of the model keeps its bits. The script passes
     `model.parameters()` as ever; tensors that the mask does not name are frozen for the length of the block.
+    dense: patterns of tensors (or their rows, `name[a:b]`) to train whole beside the mask's entries, and to store whole
+    in the ticket; a mask from a calibration with `dense` has them already. Persistent buffers that training moves
+    (BatchNorm's statistics) are stored when named here, and an error when they are not.
     shard_group_size: how many ranks together hold one copy of the weights: a number (1: every rank holds all), `node`
     (the ranks of a node, as the launcher counts them), `world` or None (all).
     gradient_reduction: `compact` sends active entries only, and every rank holds the index of all of them; `dense`
@@ -144,6 +173,7 @@ def sparse_zero3(
         )
     run = SparseRun(
         _as_mask(mask),
+        dense=dense,
         shard_group_size=shard_group_size,
         gradient_reduction=gradient_reduction,
         once_per_step=reduce_every == "step",

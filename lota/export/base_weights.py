@@ -18,7 +18,8 @@ from lota.wording import did_you_mean
 def base_weights(
     folder: Path, skeleton: nn.Module, names: Collection[str], dtype: torch.dtype | None, say: Callable[[str], None]
 ) -> Callable[[str], Tensor]:
-    """A function that gives the tensor of a parameter or buffer by name, cast to `dtype` (None: as stored).
+    """A function that gives the tensor of a parameter or buffer by name, cast to `dtype` (None: as stored), with the
+    rows that the checkpoint has.
 
     skeleton: the model without weights; names: those that must be there, else ValueError. Where the checkpoint names
     its tensors otherwise than the model does (mixtures of experts), transformers loads it whole.

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lota.apply import check_is_base, flatten
+from lota.apply import check_is_base, flatten, grown
 from lota.architecture import build_on_meta, tied_names
 from lota.card import CARD_NAME, peft_card
 from lota.export.base_weights import base_weights
@@ -28,6 +28,13 @@ from lota.ticket import Ticket
 
 _ENTRY_BYTES = 12  # an fp32 difference and two int32 coordinates
 _PREFIX = "base_model.model."
+_TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 Say = Callable[[str], None]
 
 
@@ -63,9 +70,9 @@ def export_peft(
     """
     base, dtype, say = Path(base), dtype or ticket.mask.base_dtype, say or (lambda _: None)
     with new_folder(out) as folder:
-        skeleton = build_on_meta(base)
+        skeleton = build_on_meta(base, ticket.model)
         whole = _whole_modules(skeleton, [name for name in ticket.names if ticket.mask.active(name)])
-        read = base_weights(base, skeleton, ticket.names, dtype, say)
+        read = _reader(base, skeleton, ticket, dtype, say)
         sparse: dict[str, Deltas] = {}
         for number, name in enumerate(ticket.names, 1):
             if number % 50 == 0:
@@ -98,6 +105,24 @@ def export_peft(
         card = peft_card(ticket, base_name or str(base), {"dtype": plain, **asdict(made)})
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
     return made
+
+
+def _reader(
+    base: Path, skeleton: nn.Module, ticket: Ticket, dtype: torch.dtype | None, say: Say
+) -> Callable[[str], Tensor]:
+    """`base_weights`, with the tensors and rows that the base lacks as zeros for the ticket to fill."""
+    identity = ticket.mask.base
+    new = {name for name in ticket.names if name in identity and identity[name].rows == 0}
+    read_base = base_weights(base, skeleton, [name for name in ticket.names if name not in new], dtype, say)
+    tied = tied_names(skeleton)
+
+    def read(name: str) -> Tensor:
+        known = next((alias for alias in tied.get(name, [name]) if alias in identity), None)
+        if known is None:
+            return read_base(name)
+        return grown(ticket.mask, known, None if known in new else read_base(known))
+
+    return read
 
 
 def choose_rank(skeleton: nn.Module, sparse: Mapping[str, Deltas]) -> tuple[int, set[str]]:
@@ -189,10 +214,11 @@ def _config(
     skeleton: nn.Module, rank: int, sparse: list[str], whole: list[str], base_name: str, ticket: Ticket
 ) -> dict[str, object]:
     """adapter_config.json. mask_type: any name but "random" makes PEFT take the indices from the file."""
-    is_causal = type(skeleton).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    kind = type(skeleton).__name__
+    task_type = next((task for suffix, task in _TASK_TYPES.items() if kind.endswith(suffix)), None)
     return {
         "peft_type": "SHIRA",
-        "task_type": "CAUSAL_LM" if is_causal else None,
+        "task_type": task_type,
         "base_model_name_or_path": base_name,
         "revision": ticket.provenance.get("revision"),
         "inference_mode": True,

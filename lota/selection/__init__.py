@@ -1,7 +1,19 @@
 """Selection: which entries a ticket trains. Budgets, eligible tensors, protection, and an exact top-k over ranks."""
 
 from lota.selection.budget import validate_budget, validate_density
+from lota.selection.candidates import Candidates, candidates, check_unprotected, dense_tensors
 from lota.selection.eligible import eligible
 from lota.selection.select import Selection, check, select
 
-__all__ = ["Selection", "check", "eligible", "select", "validate_budget", "validate_density"]
+__all__ = [
+    "Candidates",
+    "Selection",
+    "candidates",
+    "check",
+    "check_unprotected",
+    "dense_tensors",
+    "eligible",
+    "select",
+    "validate_budget",
+    "validate_density",
+]

@@ -37,8 +37,8 @@ def eligible(
     string in place of a list of patterns, or nothing left to train.
     """
     names = list(named_shapes)
-    included = _matching(names, include, "include")
-    excluded = _matching(names, exclude, "exclude") or set()
+    included = matching(names, include, "include")
+    excluded = matching(names, exclude, "exclude") or set()
     if included is None:
         included = {name for name in names if _is_block_weight(name, named_shapes[name])}
     chosen = [name for name in names if name in included and name not in excluded]
@@ -63,7 +63,7 @@ def _is_block_weight(name: str, shape: Sequence[int]) -> bool:
     return len(shape) >= 2 and in_block and not any(_LEFT_OUT.search(part) for part in parts)
 
 
-def _matching(names: list[str], patterns: Sequence[str] | None, option: str) -> set[str] | None:
+def matching(names: list[str], patterns: Sequence[str] | None, option: str) -> set[str] | None:
     if patterns is None:
         return None
     if isinstance(patterns, str):

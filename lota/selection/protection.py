@@ -23,11 +23,15 @@ class Protection:
         masks: Sequence[Mask],
         shapes: Mapping[str, Sequence[int]],
         base: Mapping[str, BaseTensor] | None = None,
+        spans: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
+        """spans: of every tensor the flat stretch that takes part; what lies outside counts as protected."""
         if isinstance(masks, Mask) or not all(isinstance(mask, Mask) for mask in masks):
             raise ValueError("protect must be a sequence of Mask, got something else. Pass [ticket.mask, ...].")
         self._numels = {name: math.prod(shape) for name, shape in shapes.items()}
         self._masks: dict[str, list[Mask]] = {name: [] for name in shapes}
+        spans = spans or {name: (0, numel) for name, numel in self._numels.items()}
+        self._spans = {name: spans[name] for name, numel in self._numels.items() if spans[name] != (0, numel)}
         self._decoded: tuple[str, Tensor] | None = None
         for number, mask in enumerate(masks):
             for name in mask.names:
@@ -46,18 +50,25 @@ class Protection:
     def num_free(self, name: str) -> int:
         """Entries of the tensor that no mask protects."""
         masks = self._masks[name]
-        if len(masks) == 1:
+        if name in self._spans and not masks:
+            start, stop = self._spans[name]
+            return stop - start
+        if len(masks) == 1 and name not in self._spans:
             return self._numels[name] - masks[0].active(name)
         return int(self._free(name).sum()) if masks else self._numels[name]
 
     def free(self, name: str, start: int, stop: int, device: torch.device) -> Tensor | None:
         """bool [stop - start], False where protected; None when nothing of this tensor is."""
-        return self._free(name)[start:stop].to(device) if self._masks[name] else None
+        is_restricted = bool(self._masks[name]) or name in self._spans
+        return self._free(name)[start:stop].to(device) if is_restricted else None
 
     def _free(self, name: str) -> Tensor:
         if self._decoded is None or self._decoded[0] != name:
             self._decoded = None  # never two tensors at once
             free = torch.ones(self._numels[name], dtype=torch.bool, device="cpu")
+            if name in self._spans:
+                start, stop = self._spans[name]
+                free[:start] = free[stop:] = False
             for mask in self._masks[name]:
                 free[mask.indices(name)] = False
             self._decoded = name, free

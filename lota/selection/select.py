@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from lota.selection.ranks import Ranks
 from lota.selection.topk import NUM_HIGH_BINS, Cut, Piece, Walk, chosen_positions, count_high, find_cut
 from lota.selection.workers import Workers
 from lota.ticket import BaseTensor, Mask
+from lota.ticket.rows import Rows, span, whole
 
 _EncodableTensor = tuple[str, tuple[int, ...], Tensor]
 
@@ -64,6 +64,7 @@ def select(
     seed: int = 0,
     group: dist.ProcessGroup | None = None,
     base: Mapping[str, BaseTensor] | None = None,
+    rows: Mapping[str, Rows] | None = None,
 ) -> Selection:
     """The entries with the largest |score|: exactly round(density * eligible) of them, whatever the number of ranks.
 
@@ -81,22 +82,26 @@ def select(
     protect: entries active in any of these masks are never chosen; the counts asked for stay as they are.
     seed: ties are ranked by a hash of (position in the model, seed), so a lower density's mask is a subset.
     base: identities of the base's tensors, checked against those of `protect` and stored in the mask.
+    rows: of tensors that take part with some of their rows only, which; what lies outside is neither chosen nor counted
+    as eligible, but scored.
 
     Scores rank by |score| in fp32; infinity is legal. ValueError, on every rank alike: bad arguments or arguments that
     differ between ranks, NaN (names the tensor), scores that are zero everywhere, scores missing or given twice, and
     a budget that does not fit beside the protected entries (says how many are left and which density fits).
     """
     density, budget, seed = validate_density(density), validate_budget(budget), _validate_seed(seed)
-    full, protection, budgets = _plan(shapes, density, budget, protect, base)
+    full, protection, budgets = _plan(shapes, density, budget, protect, base, rows or {})
     with Workers() as workers:
         reader = PieceReader(pieces, full, protection, workers)
         asked = sum(budgets.values())
         ranks = Ranks(group)
-        told = _fingerprint(full, density, budget, seed, protect, ranks)
+        told = _fingerprint(full, density, budget, seed, protect, rows or {}, ranks)
         ranks.same(told, "shapes, density, budget, protect and seed")
         chooser = _Chooser(reader, full, ranks, workers, seed)
         encodable = chooser.choose_globally(asked) if budget == "global" else chooser.choose_per_tensor(budgets)
-        mask = Mask.from_indices(encodable, base=None if base is None else {name: base[name] for name in full})
+        mask = Mask.from_indices(
+            encodable, base=None if base is None else {name: base[name] for name in full}, rows=rows
+        )
     if mask.num_active != asked:
         raise RuntimeError(
             f"{mask.num_active} entries were chosen where {asked} were asked for: pieces() gave other scores when it "
@@ -104,7 +109,7 @@ def select(
         )
     return Selection(
         mask=mask,
-        eligible=reader.eligible,
+        eligible=mask.eligible,
         threshold=min(cut.threshold for cut in chooser.cuts),
         num_tied=sum(cut.num_tied for cut in chooser.cuts if cut.last_hash is not None),
         num_zero_scored=sum(cut.num_taken for cut in chooser.cuts if cut.key == 0),
@@ -118,9 +123,10 @@ def check(
     budget: str = "global",
     protect: Sequence[Mask] = (),
     base: Mapping[str, BaseTensor] | None = None,
+    rows: Mapping[str, Rows] | None = None,
 ) -> None:
     """Raise what `select` would raise before it looks at a score, so that a run can ask before it trains. Local."""
-    _plan(shapes, validate_density(density), validate_budget(budget), protect, base)
+    _plan(shapes, validate_density(density), validate_budget(budget), protect, base, rows or {})
 
 
 def _plan(
@@ -129,6 +135,7 @@ def _plan(
     budget: str,
     protect: Sequence[Mask],
     base: Mapping[str, BaseTensor] | None,
+    rows: Mapping[str, Rows],
 ) -> tuple[dict[str, tuple[int, ...]], Protection, dict[str, int]]:
     """Full shapes, the protected entries, and how many entries to choose: per tensor, or under "" for all together."""
     if not shapes:
@@ -136,8 +143,9 @@ def _plan(
     if base is not None and (missing := [name for name in shapes if name not in base]):
         raise ValueError(f"base must identify every eligible tensor, got none for {missing[0]} ({len(missing)} lack).")
     full = {name: tuple(int(size) for size in shape) for name, shape in shapes.items()}
-    numels = {name: math.prod(shape) for name, shape in full.items()}
-    protection = Protection(protect, full, base)
+    spans = {name: span(shape, rows.get(name, whole(shape))) for name, shape in full.items()}
+    numels = {name: stop - start for name, (start, stop) in spans.items()}
+    protection = Protection(protect, full, base, spans)
     num_free = {name: protection.num_free(name) for name in full}
     if budget == "global":
         return full, protection, {"": count_global(density, sum(numels.values()), sum(num_free.values()))}
@@ -238,9 +246,16 @@ def _validate_seed(seed: object) -> int:
 
 
 def _fingerprint(
-    shapes: Mapping[str, tuple[int, ...]], density: float, budget: str, seed: int, protect: Sequence[Mask], ranks: Ranks
+    shapes: Mapping[str, tuple[int, ...]],
+    density: float,
+    budget: str,
+    seed: int,
+    protect: Sequence[Mask],
+    rows: Mapping[str, Rows],
+    ranks: Ranks,
 ) -> int:
     if ranks.size == 1:
         return 0
-    told = json.dumps([list(shapes.items()), density, budget, seed, [mask.digest for mask in protect]])
+    masks = [mask.digest for mask in protect]
+    told = json.dumps([list(shapes.items()), density, budget, seed, masks, sorted(rows.items())])
     return int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "big")

@@ -19,8 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
-_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
+DTYPE_CODES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+_ITEM_BYTES = {code: dtype.itemsize for dtype, code in DTYPE_CODES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 

@@ -26,13 +26,15 @@ from lota.kernels import fmix64
 _MODULUS = 1 << 64
 _ROW = 1 << 16
 _CPU_ROWS, _DEVICE_ROWS = 4, 64  # rows at a time: 2 MiB of int64 stays in a core's cache; a GPU wants larger launches
-_UNSIGNED = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
+# By item size. 8 bytes stay signed: everything is modulo 2**64.
+_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.int64}
 
 
 def fingerprint(flat: Tensor, start: int = 0) -> int:
     """Partial fingerprint of the contiguous piece `flat` of a tensor, which begins at flat position `start`.
 
-    flat: 1-D bf16, fp16 or fp32 on any device, not changed; 0 elements give 0. Returns an unsigned 64-bit integer, the
+    flat: 1-D, of any dtype of 1 to 8 bytes (weights are bf16, fp16 or fp32, buffers also integers) on any device, not
+    changed; 0 elements give 0. Returns an unsigned 64-bit integer, the
     tensor's fingerprint once the partials of all its pieces are added (`add`). At most 2**22 elements of temporaries.
     """
     bits = _bits(flat)
@@ -68,7 +70,7 @@ def fingerprint(flat: Tensor, start: int = 0) -> int:
 def fingerprint_at(positions: Tensor, values: Tensor) -> int:
     """Partial fingerprint of the scattered entries `values[k]` at flat positions `positions[k]` of one tensor.
 
-    positions: int64 `[n]`, in any order, 0 or more, no duplicates (not checked). values: bf16, fp16 or fp32 `[n]`, same
+    positions: int64 `[n]`, in any order, 0 or more, no duplicates (not checked). values: `[n]`, any such dtype, same
     device. Same hash as `fingerprint`. At most a few times 2**22 elements of temporaries.
     """
     bits = _bits(values)
@@ -98,12 +100,12 @@ def to_hex(value: int) -> str:
 
 
 def _bits(values: Tensor) -> Tensor:
-    if values.dim() != 1 or values.dtype not in _UNSIGNED:
+    if values.dim() != 1 or values.is_complex() or values.dtype.itemsize not in _UNSIGNED:
         raise ValueError(
-            f"a fingerprint is taken of a flat bfloat16, float16 or float32 tensor, got {values.dtype} "
-            f"of shape {tuple(values.shape)}. Pass tensor.flatten()."
+            f"a fingerprint is taken of a flat tensor of numbers, got {values.dtype} of shape {tuple(values.shape)}. "
+            "Pass tensor.flatten()."
         )
-    return values.detach().view(_UNSIGNED[values.dtype])
+    return values.detach().view(_UNSIGNED[values.dtype.itemsize])
 
 
 @lru_cache(maxsize=32)

@@ -7,15 +7,18 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from lota.ticket.codec import ELIAS_FANO, MAX_NUMEL, num_bytes
 from lota.ticket.container import parse_json
+from lota.ticket.rows import Rows, check_rows, span, whole
 
 MANIFEST_NAME = "ticket.json"
-FORMAT, VERSION = "lota-ticket", 1
+FORMAT, VERSIONS = "lota-ticket", (1, 2)
 DTYPES = ("bfloat16", "float16", "float32")
+WHOLE_DTYPES = (*DTYPES, "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+"""What tensors that are stored whole may have: buffers count and flag too."""
 _FILE_NAME = re.compile(r"ticket(-[0-9]{5,}-of-[0-9]{5,})?\.safetensors")
 _FIRST_LINE = re.compile(rb'\{"sha256": "([0-9a-f]{64})",')
 _HEX_64, _HEX_16 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}")
@@ -23,21 +26,29 @@ _HEX_64, _HEX_16 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class BaseTensor:
-    """One tensor of the base. dtype: "bfloat16", "float16" or "float32". fingerprint: 16 lower-case hex digits."""
+    """One tensor of the base. dtype: one of WHOLE_DTYPES. fingerprint: 16 lower-case hex digits.
+
+    rows: how many leading rows the base has, where the tensor has more (a resized embedding), 0 where the base has no
+    such tensor (a new head), None where it has all. The fingerprint is taken of the rows that the base has.
+    """
 
     dtype: str
     fingerprint: str
+    rows: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"a base tensor's dtype must be {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.dtype not in WHOLE_DTYPES:
+            raise ValueError(f"a base tensor's dtype must be {', '.join(WHOLE_DTYPES)}, got {self.dtype!r}")
         if not isinstance(self.fingerprint, str) or not _HEX_16.fullmatch(self.fingerprint):
             raise ValueError(f"a fingerprint must be 16 lower-case hex digits, got {self.fingerprint!r}. Use to_hex().")
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One tensor's part of ticket.json; the dtypes and sha256 of values that are not stored are None."""
+    """One tensor's part of ticket.json; the dtypes and sha256 of values that are not stored are None.
+
+    rows: the range of rows that may be active; None: all of them.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -51,21 +62,45 @@ class TensorRecord:
     values_sha256: str | None = None
     base_values_dtype: str | None = None
     base_values_sha256: str | None = None
+    rows: Rows | None = None
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def eligible(self) -> int:
+        """Entries that may be active."""
+        start, stop = span(self.shape, self.rows or whole(self.shape))
+        return stop - start
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all entries that may be active are: the tensor (or its rows) was trained, and is stored, whole."""
+        return 0 < self.num_active == self.eligible
+
+    @property
+    def version(self) -> int:
+        """The version of the format that can say this."""
+        dtypes = {self.values_dtype, self.base_values_dtype, self.base.dtype if self.base else None} - {None}
+        is_plain = self.rows is None and (self.base is None or self.base.rows is None) and dtypes <= set(DTYPES)
+        return 1 if is_plain else 2
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of ticket.json. num_changed: None without base values."""
+    """All of ticket.json. num_changed: None without base values.
+
+    model: {"class": ..., "config": {...}, "base_config": {...}} of a ticket with tensors that the base does not have:
+    the class that was trained, and entries of config.json with their value there and in the base's; else {}.
+    """
 
     tensors: tuple[TensorRecord, ...]
     has_values: bool
     has_base_values: bool
     num_changed: int | None
     provenance: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_active(self) -> int:
@@ -73,7 +108,12 @@ class Manifest:
 
     @property
     def eligible(self) -> int:
-        return sum(record.numel for record in self.tensors)
+        return sum(record.eligible for record in self.tensors)
+
+    @property
+    def version(self) -> int:
+        """The lowest version of the format that can say all of it, so that earlier readers read what they can."""
+        return max([2 if self.model else 1, *(record.version for record in self.tensors)])
 
 
 def check_provenance(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -93,7 +133,7 @@ def format_manifest(manifest: Manifest) -> bytes:
     lines = [_format_tensor(record) for record in manifest.tensors]
     head = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": manifest.version,
         "num_active": manifest.num_active,
         "eligible": manifest.eligible,
         "has_values": manifest.has_values,
@@ -101,6 +141,8 @@ def format_manifest(manifest: Manifest) -> bytes:
         "num_changed": manifest.num_changed,
         "provenance": manifest.provenance,
     }
+    if manifest.model:
+        head["model"] = manifest.model
     body = json.dumps(head)[1:-1] + ',\n"tensors": [' + ",".join("\n" + line for line in lines) + "\n]}\n"
     digest = hashlib.sha256(body.encode("ascii")).hexdigest()
     return f'{{"sha256": "{digest}",\n{body}'.encode("ascii")
@@ -124,9 +166,9 @@ def parse_manifest(text: bytes) -> Manifest:
     head = _Fields(parse_json(text), "ticket.json")
     head.take("sha256", str)
     written = (head.take("format", str), head.take("version", int))
-    if written != (FORMAT, VERSION):
+    if written[0] != FORMAT or written[1] not in VERSIONS:
         raise ValueError(
-            f"expected format {FORMAT} version {VERSION}, got {written[0]} version {written[1]}. "
+            f"expected format {FORMAT} version 1 or {VERSIONS[-1]}, got {written[0]} version {written[1]}. "
             "Update lota to read newer tickets."
         )
     has_values, has_base_values = head.take("has_values", bool), head.take("has_base_values", bool)
@@ -134,10 +176,13 @@ def parse_manifest(text: bytes) -> Manifest:
         raise ValueError("expected values wherever there are base values, got base values alone")
     num_changed = head.take("num_changed", int if has_base_values else type(None))
     provenance = head.take("provenance", dict)
+    model = head.take("model", dict) if "model" in head else {}
     num_active, eligible = head.take("num_active", int), head.take("eligible", int)
     tensors = tuple(_parse_tensor(entry, has_values, has_base_values) for entry in head.take("tensors", list))
     head.finish()
-    manifest = Manifest(tensors, has_values, has_base_values, num_changed, provenance)
+    manifest = Manifest(tensors, has_values, has_base_values, num_changed, provenance, model)
+    if manifest.version > written[1]:
+        raise ValueError(f"expected version {manifest.version} for what it holds, got {written[1]}")
     if len({record.name for record in tensors}) != len(tensors):
         raise ValueError("expected every tensor once, got a name twice")
     if (num_active, eligible) != (manifest.num_active, manifest.eligible):
@@ -157,8 +202,12 @@ def _format_tensor(record: TensorRecord) -> str:
     if record.codec == ELIAS_FANO:
         index["low_bits"] = record.low_bits
     entry: dict[str, Any] = {"name": record.name, "shape": list(record.shape), "num_active": record.num_active}
+    if record.rows is not None:
+        entry["rows"] = list(record.rows)
     if record.base is not None:
         entry["base"] = {"dtype": record.base.dtype, "fingerprint": record.base.fingerprint}
+        if record.base.rows is not None:
+            entry["base"]["rows"] = record.base.rows
     entry |= {"file": record.file, "index": index | {"sha256": record.index_sha256}}
     if record.values_dtype is not None:
         entry["values"] = {"dtype": record.values_dtype, "sha256": record.values_sha256}
@@ -176,10 +225,14 @@ def _parse_tensor(entry: Any, has_values: bool, has_base_values: bool) -> Tensor
     if not is_shape or math.prod(shape) > MAX_NUMEL:
         raise ValueError(f"{fields.where}: expected a shape of at most 2**62 elements, got {shape!r:.80}")
     num_active = fields.take("num_active", int)
+    rows = _parse_rows(fields, shape) if "rows" in fields else None
     base = None
-    if "base" in entry:
+    if "base" in fields:
         base_fields = _Fields(fields.take("base", dict), f"{fields.where}, base")
-        base = BaseTensor(base_fields.take("dtype", str), base_fields.take("fingerprint", str))
+        base_rows = base_fields.take("rows", int) if "rows" in base_fields else None
+        if base_rows is not None and not 0 <= base_rows < whole(shape)[1]:
+            raise ValueError(f"{base_fields.where}: expected fewer rows than in {shape!r:.80}, got {base_rows}")
+        base = BaseTensor(base_fields.take("dtype", str), base_fields.take("fingerprint", str), base_rows)
         base_fields.finish()
     file = fields.take("file", str)
     if not _FILE_NAME.fullmatch(file):
@@ -196,16 +249,27 @@ def _parse_tensor(entry: Any, has_values: bool, has_base_values: bool) -> Tensor
     values = _parse_values(fields, "values") if has_values else (None, None)
     base_values = _parse_values(fields, "base_values") if has_base_values else (None, None)
     fields.finish()
-    return TensorRecord(
-        name, tuple(shape), num_active, base, file, codec, low_bits, index_sha256, *values, *base_values
-    )
+    record = TensorRecord(
+        name, tuple(shape), num_active, base, file, codec, low_bits, index_sha256,
+        values[0], values[1], base_values[0], base_values[1], rows,
+    )  # fmt: skip
+    if num_active > record.eligible:
+        raise ValueError(f"{fields.where}: expected at most {record.eligible} active entries, got {num_active}")
+    return record
+
+
+def _parse_rows(fields: _Fields, shape: list[int]) -> Rows:
+    rows = fields.take("rows", list)
+    if len(rows) != 2 or any(type(row) is not int for row in rows) or tuple(rows) == whole(shape):
+        raise ValueError(f"{fields.where}: expected rows as two integers that leave some out, got {rows!r:.80}")
+    return check_rows(fields.where, shape, rows)
 
 
 def _parse_values(fields: _Fields, kind: str) -> tuple[str, str]:
     values = _Fields(fields.take(kind, dict), f"{fields.where}, {kind}")
     dtype, sha256 = values.take("dtype", str), values.take("sha256", str, _HEX_64)
-    if dtype not in DTYPES:
-        raise ValueError(f"{values.where}: expected dtype {', '.join(DTYPES)}, got {dtype!r:.80}")
+    if dtype not in WHOLE_DTYPES:
+        raise ValueError(f"{values.where}: expected dtype {', '.join(WHOLE_DTYPES)}, got {dtype!r:.80}")
     values.finish()
     return dtype, sha256
 
@@ -219,6 +283,9 @@ class _Fields:
         self.where = where
         self._entry = entry
         self._taken: set[str] = set(entry) if partial else set()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entry
 
     def take(self, key: str, kind: type, pattern: re.Pattern[str] | None = None) -> Any:
         if key not in self._entry:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from lota.ticket.codec import EncodedIndex, decode, encode
 from lota.ticket.manifest import BaseTensor, TensorRecord
 from lota.ticket.reader import open_ticket
+from lota.ticket.rows import Rows, check_rows, span, whole
 from lota.ticket.writer import TicketWriter
 from lota.wording import did_you_mean
 
@@ -36,8 +37,12 @@ class Mask:
         tensors: Mapping[str, tuple[Shape, EncodedIndex]],
         base: Mapping[str, BaseTensor] | None = None,
         origin: str = "",
+        rows: Mapping[str, Rows] | None = None,
     ) -> None:
-        """From encoded indices; `from_dense`, `from_indices` and `load` are the usual ways."""
+        """From encoded indices; `from_dense`, `from_indices` and `load` are the usual ways.
+
+        rows: of tensors that take part with some of their rows only, which; active entries outside are a ValueError.
+        """
         self.origin = origin
         self._shapes = {name: tuple(int(size) for size in shape) for name, (shape, _) in tensors.items()}
         self._indices = {name: index for name, (_, index) in tensors.items()}
@@ -48,10 +53,17 @@ class Mask:
             index = self._indices[name]
             if index.numel != math.prod(shape) or not index.is_canonical:
                 raise ValueError(f"{name}: expected an index that encode() made for shape {shape}")
+        self._rows = {name: check_rows(name, self.shape(name), taken) for name, taken in (rows or {}).items()}
+        self._rows = {name: taken for name, taken in self._rows.items() if taken != whole(self._shapes[name])}
         self._base = self._checked_base(base or {})
 
     @classmethod
-    def from_dense(cls, tensors: Mapping[str, Tensor], base: Mapping[str, BaseTensor] | None = None) -> Mask:
+    def from_dense(
+        cls,
+        tensors: Mapping[str, Tensor],
+        base: Mapping[str, BaseTensor] | None = None,
+        rows: Mapping[str, Rows] | None = None,
+    ) -> Mask:
         """From bool tensors of any shape and device, True = active. ValueError on another dtype."""
         made = {}
         for name, dense in tensors.items():
@@ -59,22 +71,23 @@ class Mask:
                 got = dense.dtype if isinstance(dense, Tensor) else type(dense).__name__
                 raise ValueError(f"{name}: expected a bool tensor, True where an entry is active, got {got}")
             made[name] = (tuple(dense.shape), encode(dense.flatten().nonzero().squeeze(1), dense.numel()))
-        return cls(made, base)
+        return cls(made, base, rows=rows)
 
     @classmethod
     def from_indices(
         cls,
         tensors: Mapping[str, tuple[Shape, Tensor]] | Iterable[tuple[str, Shape, Tensor]],
         base: Mapping[str, BaseTensor] | None = None,
+        rows: Mapping[str, Rows] | None = None,
     ) -> Mask:
         """From flat (row-major) positions: int64 `[n]`, ascending, unique. ValueError names the tensor otherwise.
 
         tensors: `{name: (shape, positions)}`, or an iterable of `(name, shape, positions)`, of which each is encoded
         before the next is asked for.
         """
-        rows = ((name, *row) for name, row in tensors.items()) if isinstance(tensors, Mapping) else tensors
+        items = ((name, *item) for name, item in tensors.items()) if isinstance(tensors, Mapping) else tensors
         made: dict[str, tuple[Shape, EncodedIndex]] = {}
-        for name, shape, positions in rows:
+        for name, shape, positions in items:
             if name in made:
                 raise ValueError(f"{name}: expected every tensor once, got it twice")
             try:
@@ -82,7 +95,7 @@ class Mask:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             del positions  # else it would live on while the next ones are made
-        return cls(made, base)
+        return cls(made, base, rows=rows)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,8 +108,8 @@ class Mask:
 
     @property
     def eligible(self) -> int:
-        """Elements of all named tensors."""
-        return sum(index.numel for index in self._indices.values())
+        """Entries of all named tensors that may be active: all of them, or those of the rows that take part."""
+        return sum(self.num_eligible(name) for name in self._indices)
 
     @property
     def density(self) -> float:
@@ -115,8 +128,10 @@ class Mask:
 
     @property
     def base_dtype(self) -> torch.dtype | None:
-        """The dtype of the base's tensors where all have the same; None where they differ or no base is known."""
-        names = {base.dtype for base in self._base.values()}
+        """The dtype of the base's tensors where all have the same; None where they differ or no base is known. Tensors
+        that are stored whole do not count where there are others: buffers have dtypes of their own."""
+        names = {base.dtype for name, base in self._base.items() if not self.is_dense(name)}
+        names = names or {base.dtype for base in self._base.values()}
         return getattr(torch, names.pop()) if len(names) == 1 else None
 
     @property
@@ -142,6 +157,24 @@ class Mask:
         """Active entries of tensor `name`."""
         return self._indices[self._known(name)].num_active
 
+    @property
+    def restricted_rows(self) -> dict[str, Rows]:
+        """Of the tensors that take part with some of their rows only, which rows."""
+        return dict(self._rows)
+
+    def rows(self, name: str) -> Rows:
+        """The rows of tensor `name` that take part: `start, stop` along its first dimension."""
+        return self._rows.get(self._known(name)) or whole(self._shapes[name])
+
+    def num_eligible(self, name: str) -> int:
+        """Entries of tensor `name` that may be active."""
+        start, stop = span(self._shapes[self._known(name)], self.rows(name))
+        return stop - start
+
+    def is_dense(self, name: str) -> bool:
+        """Whether all entries of tensor `name` that may be active are."""
+        return 0 < self.active(name) == self.num_eligible(name)
+
     def encoded(self, name: str) -> EncodedIndex:
         """The encoded index of tensor `name`; not a copy."""
         return self._indices[self._known(name)]
@@ -150,7 +183,7 @@ class Mask:
         """Flat positions of the active entries: int64 `[active(name)]` on the CPU, ascending, decoded at every call."""
         index = self.encoded(name)
         try:
-            return decode(index)
+            return _inside(decode(index), span(self._shapes[name], self.rows(name)))
         except ValueError as error:
             where = f"{self.origin}: {name}" if self.origin else name
             raise ValueError(f"{where}: {error}. The index is wrong: make the mask again.") from None
@@ -164,27 +197,58 @@ class Mask:
 
     def with_base(self, base: Mapping[str, BaseTensor]) -> Mask:
         """The same mask with `base` for all of its tensors (or `{}` to forget it); shares the indices."""
-        return Mask({name: (shape, self._indices[name]) for name, shape in self._shapes.items()}, base, self.origin)
+        tensors = {name: (shape, self._indices[name]) for name, shape in self._shapes.items()}
+        return Mask(tensors, base, self.origin, self._rows)
+
+    def with_dense(self, tensors: Mapping[str, tuple[Shape, Rows]], base: Mapping[str, BaseTensor]) -> Mask:
+        """The mask with these tensors, or ranges of their rows, active whole; all of its base is `base`.
+
+        A tensor that the mask names already has these rows active beside its own entries, and all of its rows take part
+        as before.
+        """
+        made = {name: (shape, self._indices[name]) for name, shape in self._shapes.items()}
+        rows = dict(self._rows)
+        for name, (shape, taken) in tensors.items():
+            numel, positions = math.prod(shape), torch.arange(*span(shape, taken), dtype=torch.int64)
+            if name in self._shapes:
+                if self._shapes[name] != tuple(shape):
+                    raise ValueError(f"{name}: expected shape {self._shapes[name]}, as in the mask, got {tuple(shape)}")
+                positions = torch.cat([self.indices(name), positions]).unique()
+                rows[name] = min(taken[0], self.rows(name)[0]), max(taken[1], self.rows(name)[1])
+            else:
+                rows[name] = taken
+            made[name] = tuple(shape), encode(positions, numel)
+        return Mask(made, base, self.origin, rows)
+
+    def without(self, names: Collection[str]) -> Mask:
+        """The mask without these tensors; shares the indices of the others."""
+        kept = {name: (shape, self._indices[name]) for name, shape in self._shapes.items() if name not in names}
+        base = {name: tensor for name, tensor in self._base.items() if name in kept}
+        return Mask(kept, base, self.origin, {name: rows for name, rows in self._rows.items() if name in kept})
 
     def check_base(self, name: str, shape: Iterable[int], dtype: str, fingerprint: str | None) -> None:
         """ValueError unless the mask is for a tensor of that name, shape, and (where the mask knows) that base.
 
         dtype: "bfloat16" or "torch.bfloat16". fingerprint: 16 hex digits, or None to leave it unchecked.
         """
-        expected = self.shape(name)
+        expected, base = self.shape(name), self._base.get(name)
         if tuple(shape) != expected:
+            is_short = base is not None and base.rows is not None and tuple(shape) == (base.rows, *expected[1:])
             raise ValueError(
                 f"{name}: expected shape {expected}, as in the mask, got {tuple(shape)}. "
-                "The mask is of another model (or of a transposed or fused one)."
+                + (
+                    f"It was given more rows before training: do the same (resize_token_embeddings({expected[0]}))."
+                    if is_short
+                    else "The mask is of another model (or of a transposed or fused one)."
+                )
             )
-        base = self._base.get(name)
         if base is None:
             return
         if dtype.removeprefix("torch.") != base.dtype:
             raise ValueError(
                 f"{name}: expected base weights in {base.dtype}, got {dtype}. Load the base model in {base.dtype}."
             )
-        if fingerprint is not None and fingerprint != base.fingerprint:
+        if fingerprint is not None and base.rows != 0 and fingerprint != base.fingerprint:
             raise ValueError(
                 f"{name}: expected base weights of fingerprint {base.fingerprint}, got {fingerprint}. "
                 "The mask belongs to another base model or revision, or these weights were already changed."
@@ -224,7 +288,8 @@ class Mask:
     def of_records(cls, records: tuple[TensorRecord, ...], indices: Mapping[str, EncodedIndex], origin: str) -> Mask:
         """From what a directory's manifest says of its tensors, and their indices."""
         base = {record.name: record.base for record in records if record.base is not None}
-        return cls({record.name: (record.shape, indices[record.name]) for record in records}, base, origin)
+        rows = {record.name: record.rows for record in records if record.rows is not None}
+        return cls({record.name: (record.shape, indices[record.name]) for record in records}, base, origin, rows)
 
     def __eq__(self, other: object) -> bool:
         return self.digest == other.digest if isinstance(other, Mask) else NotImplemented
@@ -254,6 +319,16 @@ class Mask:
                 f"expected a base for all {len(self._shapes)} tensors or for none, none for {', '.join(missing[:3])}"
             )
         return {name: base[name] for name in self._shapes}
+
+
+def _inside(positions: Tensor, bounds: tuple[int, int]) -> Tensor:
+    """`positions` (ascending), after checking that they lie inside `start, stop`."""
+    if positions.numel() and not bounds[0] <= int(positions[0]) <= int(positions[-1]) < bounds[1]:
+        raise ValueError(
+            f"expected positions in {bounds[0]}:{bounds[1]}, the rows that take part, got {int(positions[0])} to "
+            f"{int(positions[-1])}"
+        )
+    return positions
 
 
 def _is_utf8(name: str) -> bool:

@@ -27,14 +27,16 @@ class Ticket:
         values: Mapping[str, Tensor],
         base_values: Mapping[str, Tensor] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        model: Mapping[str, Any] | None = None,
     ) -> None:
         """values, base_values: `[mask.active(name)]` for every name of the mask, in ascending flat order; bf16, fp16 or
-        fp32, each in its own dtype. provenance: anything JSON. ValueError otherwise.
+        fp32, each in its own dtype (a tensor that is stored whole may have any). provenance: anything JSON. model: what
+        a model needs that has tensors the base has not (see `Manifest`). ValueError otherwise.
         """
         _check_all("values", mask, values)
         if base_values is not None:
             _check_all("base_values", mask, base_values)
-        self._fill(mask, values, base_values, check_provenance(provenance), None)
+        self._fill(mask, values, base_values, check_provenance(provenance), None, check_provenance(model))
 
     def _fill(
         self,
@@ -43,9 +45,10 @@ class Ticket:
         base_values: Mapping[str, Tensor] | None,
         provenance: dict[str, Any],
         num_changed: int | None,
+        model: dict[str, Any],
     ) -> None:
         self._mask, self._values, self._base_values = mask, values, base_values
-        self._provenance, self._num_changed = provenance, num_changed
+        self._provenance, self._num_changed, self._model = provenance, num_changed, model
 
     @property
     def mask(self) -> Mask:
@@ -71,6 +74,11 @@ class Ticket:
     def provenance(self) -> dict[str, Any]:
         """What the writer told of the ticket's making; a copy."""
         return check_provenance(self._provenance)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The class and the entries of config.json of a model with tensors that the base does not have; a copy."""
+        return check_provenance(self._model)
 
     @property
     def num_changed(self) -> int:
@@ -113,7 +121,8 @@ class Ticket:
         self, path: str | os.PathLike[str], *, shard_bytes: int = DEFAULT_SHARD_BYTES, overwrite: bool = False
     ) -> None:
         """Write the directory `path` atomically, tensor by tensor; ValueError where something is unless `overwrite`."""
-        with TicketWriter(path, self._mask, self._provenance, shard_bytes=shard_bytes, overwrite=overwrite) as writer:
+        options: dict[str, Any] = {"model": self._model, "shard_bytes": shard_bytes, "overwrite": overwrite}
+        with TicketWriter(path, self._mask, self._provenance, **options) as writer:
             for name in self.names:
                 writer.add(name, self.values(name), self.base_values(name) if self.has_base_values else None)
 
@@ -129,7 +138,7 @@ class Ticket:
         manifest = stored.manifest
         mask = Mask.of_records(manifest.tensors, stored.indices, str(path))
         ticket = cls.__new__(cls)  # the values' dtypes and lengths were checked against the files, without reading them
-        ticket._fill(mask, stored.values, stored.base_values, manifest.provenance, manifest.num_changed)
+        ticket._fill(mask, stored.values, stored.base_values, manifest.provenance, manifest.num_changed, manifest.model)
         return ticket
 
     def __repr__(self) -> str:
@@ -141,4 +150,4 @@ def _check_all(kind: str, mask: Mask, tensors: Mapping[str, Tensor]) -> None:
     if missing:
         raise ValueError(f"expected {kind} for every tensor of the mask, got none for {', '.join(missing[:3])}")
     for name in tensors:
-        check_values(kind, name, tensors[name], mask.active(name))
+        check_values(kind, name, tensors[name], mask)

@@ -19,14 +19,23 @@ from torch import Tensor
 
 from lota.folder import sync_path
 from lota.ticket.container import StreamWriter
-from lota.ticket.manifest import MANIFEST_NAME, Manifest, TensorRecord, check_provenance, format_manifest
+from lota.ticket.manifest import (
+    DTYPES,
+    MANIFEST_NAME,
+    WHOLE_DTYPES,
+    Manifest,
+    TensorRecord,
+    check_provenance,
+    format_manifest,
+)
 
 if TYPE_CHECKING:
     from lota.ticket.mask import Mask
 
 DEFAULT_SHARD_BYTES = 4 << 30
 INDEX, VALUES, BASE_VALUES = ".index", ".values", ".base_values"
-DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+DTYPE_NAMES = {getattr(torch, name): name for name in WHOLE_DTYPES}
+_FLOAT_DTYPES = tuple(getattr(torch, name) for name in DTYPES)
 
 
 class TicketWriter:
@@ -36,7 +45,8 @@ class TicketWriter:
             for name in mask.names:
                 writer.add(name, values, base_values)
 
-    path: the ticket's directory; it must not exist, or be empty, or (with `overwrite`) be a ticket.
+    path: the ticket's directory; it must not exist, or be empty, or (with `overwrite`) be a ticket. model: see
+    `Manifest`.
     shard_bytes: a new file is begun before one would grow larger; one tensor is never divided.
     Leaving the block normally closes: ValueError when a tensor was not added. Leaving it by an exception abandons, and
     nothing stays behind. After `close`, `num_bytes` is the size of all files and `num_changed` counts the entries whose
@@ -49,11 +59,12 @@ class TicketWriter:
         mask: Mask,
         provenance: Mapping[str, Any] | None = None,
         *,
+        model: Mapping[str, Any] | None = None,
         shard_bytes: int = DEFAULT_SHARD_BYTES,
         overwrite: bool = False,
     ) -> None:
         self.path = Path(os.path.realpath(path))
-        self._mask, self._provenance = mask, check_provenance(provenance)
+        self._mask, self._provenance, self._model = mask, check_provenance(provenance), check_provenance(model)
         self._shard_bytes, self._overwrite = shard_bytes, overwrite
         if shard_bytes <= 0:
             raise ValueError(f"shard_bytes must be positive, got {shard_bytes}")
@@ -74,12 +85,13 @@ class TicketWriter:
         """Write tensor `name`: its new values and, for all tensors or for none, its base values.
 
         values, base_values: `[mask.active(name)]`, bf16, fp16 or fp32 independently (base values in the base's dtype
-        where the mask knows it), any device; not changed, not kept. Any order of names, each once.
+        where the mask knows it; a tensor that is stored whole may have any dtype), any device; not changed, not kept.
+        Any order of names, each once.
         """
         shape = self._mask.shape(name)  # an unknown name is refused here
-        check_values("values", name, values, self._mask.active(name))
+        check_values("values", name, values, self._mask)
         if base_values is not None:
-            check_values("base_values", name, base_values, self._mask.active(name))
+            check_values("base_values", name, base_values, self._mask)
             base = self._mask.base.get(name)
             if base is not None and DTYPE_NAMES[base_values.dtype] != base.dtype:
                 raise ValueError(
@@ -148,6 +160,7 @@ class TicketWriter:
         self._records[name] = TensorRecord(
             name, shape, index.num_active, self._mask.base.get(name), "", index.codec, index.low_bits, sha256[INDEX],
             dtypes.get(VALUES), sha256.get(VALUES), dtypes.get(BASE_VALUES), sha256.get(BASE_VALUES),
+            self._mask.restricted_rows.get(name),
         )  # fmt: skip
 
     def _shard_for(self, num_bytes: int, num_kinds: int) -> StreamWriter:
@@ -160,7 +173,7 @@ class TicketWriter:
         left = [name for name in self._mask.names if name not in self._records]
         suffixes = (INDEX, VALUES, BASE_VALUES)[: 1 + num_kinds]
         keys = [name + suffix for name in left for suffix in suffixes]
-        most = sum(self._mask.encoded(name).data.numel() + 8 + 4 * num_kinds * self._mask.active(name) for name in left)
+        most = sum(self._mask.encoded(name).data.numel() + 8 + 8 * num_kinds * self._mask.active(name) for name in left)
         self._shards.append(StreamWriter(self._temporary / str(len(self._shards)), keys, most))
         return self._shards[-1]
 
@@ -180,7 +193,9 @@ class TicketWriter:
             TensorRecord(**{**vars(self._records[name]), "file": files[self._shard_of[name]]})
             for name in self._mask.names
         ]
-        manifest = Manifest(tuple(records), self._has_values, self._has_base_values, self.num_changed, self._provenance)
+        manifest = Manifest(
+            tuple(records), self._has_values, self._has_base_values, self.num_changed, self._provenance, self._model
+        )
         with open(self._temporary / MANIFEST_NAME, "xb") as file:
             file.write(format_manifest(manifest))
             file.flush()
@@ -224,21 +239,24 @@ def check_target(path: Path, overwrite: bool) -> None:
         raise ValueError(f"{path}: overwrite replaces a ticket, but the directory holds no {MANIFEST_NAME}. Remove it.")
 
 
-def check_values(kind: str, name: str, values: Tensor, num_active: int) -> None:
-    """ValueError unless `values` is `[num_active]` bf16, fp16 or fp32."""
-    if not isinstance(values, Tensor) or values.dtype not in DTYPE_NAMES or tuple(values.shape) != (num_active,):
+def check_values(kind: str, name: str, values: Tensor, mask: Mask) -> None:
+    """ValueError unless `values` has an entry for each active one of the tensor: bf16, fp16 or fp32, and of a tensor
+    that is stored whole also integers and flags."""
+    num_active = mask.active(name)
+    allowed = tuple(DTYPE_NAMES) if mask.is_dense(name) else _FLOAT_DTYPES
+    if not isinstance(values, Tensor) or values.dtype not in allowed or tuple(values.shape) != (num_active,):
         got = f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(
-            f"{name}: expected {kind} as bfloat16, float16 or float32 of shape ({num_active},), one per active entry "
-            f"in ascending order, got {got}"
+            f"{name}: expected {kind} as {', '.join(DTYPE_NAMES[dtype] for dtype in allowed[:3])} of shape "
+            f"({num_active},), one per active entry in ascending order, got {got}"
         )
 
 
 def count_changed(values: Tensor, base_values: Tensor) -> int:
-    """Entries whose bits differ; of two dtypes both are compared in fp32, into which each converts exactly."""
+    """Entries whose bits differ; of two float dtypes both are compared in fp32, into which each converts exactly."""
     if values.dtype != base_values.dtype:
         values, base_values = values.float(), base_values.float()
-    bits = torch.int32 if values.dtype == torch.float32 else torch.int16
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
     base_values = base_values.detach().to(values.device)
     return int(torch.count_nonzero(values.detach().contiguous().view(bits) != base_values.contiguous().view(bits)))
 

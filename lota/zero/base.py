@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lota.ticket import BaseTensor
-from lota.ticket.fingerprint import fingerprint
+from lota.ticket.fingerprint import fingerprint, to_hex
+from lota.ticket.manifest import WHOLE_DTYPES
+from lota.ticket.rows import row_size
 from lota.zero.layout import owned_range
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+_BUFFER_DTYPES = {getattr(torch, name): name for name in WHOLE_DTYPES}
 _MODULUS = 1 << 64
 
 
@@ -30,17 +34,21 @@ def fingerprints(
     group: Any,
     device: torch.device,
     correction: Mapping[str, int] | None = None,
+    rows: Mapping[str, int] | None = None,
 ) -> dict[str, BaseTensor]:
-    """Base identity of every partition (see `engine.partitions`), the same on every rank. Collective over `group`.
+    """Base identity of every partition (see `weights.partitions`), the same on every rank. Collective over `group`.
 
     size, rank: how many ranks hold the model together and this one's place among them. correction: added to a tensor's
-    partial, e.g. to put the base's values back in place of trained ones.
+    partial, e.g. to put the base's values back in place of trained ones. rows: of tensors of which only some leading
+    rows are meant, how many.
     """
     names: list[str] = []
     dtypes: list[str] = []
     partials: list[int] = []
     for part in partitions:
         start, stop = owned_range(part.numel, size, rank)
+        if rows is not None and part.name in rows:
+            stop = max(start, min(stop, rows[part.name] * row_size(part.shape)))
         value = fingerprint(part.data[: stop - start], start) + (correction or {}).get(part.name, 0)
         names.append(part.name)
         dtypes.append(dtype_name(part.dtype))
@@ -49,8 +57,17 @@ def fingerprints(
     if group is not None:
         dist.all_reduce(total, group=group)
     return {
-        name: BaseTensor(dtype, f"{value % _MODULUS:016x}")
+        name: BaseTensor(dtype, f"{value % _MODULUS:016x}", (rows or {}).get(name))
         for name, dtype, value in zip(names, dtypes, total.tolist(), strict=True)
+    }
+
+
+def buffer_fingerprints(buffers: Mapping[str, Tensor]) -> dict[str, BaseTensor]:
+    """Identity of buffers, which every rank has whole. Local."""
+    return {
+        name: BaseTensor(_BUFFER_DTYPES[buffer.dtype], to_hex(fingerprint(buffer.detach().reshape(-1))))
+        for name, buffer in buffers.items()
+        if buffer.dtype in _BUFFER_DTYPES
     }
 
 

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lota.selection import Candidates
 from lota.ticket import BaseTensor
+from lota.ticket.rows import Rows, span
+from lota.ticket.rows import whole as all_rows
 from lota.zero import engine as engines
 from lota.zero import weights
+from lota.zero.base import buffer_fingerprints
 from lota.zero.dense_state import DenseState
 from lota.zero.frozen import Freeze
 from lota.zero.groups import make_groups
+from lota.zero.new_tensors import new_tensors, refuse_new
 from lota.zero.run import BUCKET_NUMEL, BlockRun, communication_dtype
 from lota.zero.scores import GRADIENT_SCORES, GradientScores, Piece, TaskVectorScores, WeightScores, piece_of
 from lota.zero.skipped import DEFAULT_MAX_SKIPPED_STEPS
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class CalibrationRun(BlockRun):
     """Scores of the eligible tensors.
 
-    eligible: full shapes by name -> names in order. check(shapes, base): raises where selection could not work on these
-    tensors; asked before anything is built (base None) and again when the base's fingerprints are known.
+    choose(shapes of trainable parameters, shapes of persistent buffers): who takes part. check(shapes, rows, base):
+    raises where selection could not work on these tensors; asked before anything is built (base None) and again when
+    the base's fingerprints are known.
     """
 
     is_sparse = False
@@ -32,40 +40,53 @@ class CalibrationRun(BlockRun):
     def __init__(
         self,
         score: str,
-        eligible: Callable[[Mapping[str, tuple[int, ...]]], Sequence[str]],
-        check: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, BaseTensor] | None], None],
+        choose: Callable[[Shapes, Shapes], Candidates],
+        check: Callable[[Shapes, Mapping[str, Rows], Mapping[str, BaseTensor] | None], None],
         max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
     ) -> None:
         super().__init__(max_skipped_steps)
-        self.score, self._eligible, self._check = score, eligible, check
+        self.score, self._choose, self._check = score, choose, check
         self.optimizer_class = None if score == "task_vector" else engines.CompactOptimizer
         self.names: tuple[str, ...] = ()
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.rows: Mapping[str, Rows] = {}
+        self.dense: dict[str, tuple[tuple[int, ...], Rows]] = {}  # shape and rows of what trains whole
+        self._trained: tuple[str, ...] = ()
+        self._new: dict[str, int] = {}
 
     def prepare(self, model: torch.nn.Module, config: Any) -> None:
         weights.check_world_sharded(model, "")
         shapes = weights.shapes(model)
         trainable = {name for name, param in model.named_parameters() if param.requires_grad}
-        self.names = tuple(self._eligible({name: shape for name, shape in shapes.items() if name in trainable}))
+        buffers = {name: tuple(buffer.shape) for name, buffer in weights.buffers(model).items()}
+        chosen = self._choose({name: shape for name, shape in shapes.items() if name in trainable}, buffers)
+        self.names, self.rows = chosen.names, chosen.rows
         self.shapes = {name: shapes[name] for name in self.names}
-        self._check(self.shapes, None)
-        self._freeze = Freeze(model, set(self.names))
+        known = buffers | shapes
+        self.dense = {name: (known[name], rows) for name, rows in chosen.dense.items()}
+        self._check(self.shapes, self.rows, None)
+        self._new = new_tensors(model)
+        refuse_new(self._new, shapes, chosen.dense)
+        # Gradient scores look at weights that stay: there is nothing to train whole.
+        whole = () if self.optimizer_class is not None else tuple(name for name in self.dense if name in shapes)
+        self._trained = (*self.names, *whole)
+        self._freeze = Freeze(model, set(self._trained))
         self._groups = make_groups(dist.get_world_size())
 
     def weight_group(self) -> Any:
         return None
 
-    def _pieces(self, model: torch.nn.Module) -> list[Piece]:
+    def _pieces(self, model: torch.nn.Module, names: Collection[str]) -> list[Piece]:
         reduction = self.groups.reduction
         return [
             piece_of(part.name, part.numel, part.data, reduction.shard_rank, reduction.shard_size)
             for part in weights.partitions(model)
-            if part.name in self.shapes
+            if part.name in names
         ]
 
     def build(self, optimizer: Any, engine: Any) -> Any:
         self._check_optimizer_holds(self.names, optimizer, "calibration scores")
-        pieces = self._pieces(engine.module)
+        pieces = self._pieces(engine.module, self.shapes)
         if self.score in GRADIENT_SCORES:
             self.core = GradientScores(
                 pieces,
@@ -82,11 +103,15 @@ class CalibrationRun(BlockRun):
 
     def built(self, engine: Any) -> None:
         super().built(engine)
-        self.base = self._fingerprints(engine.module)
-        self._check(self.shapes, {name: self.base[name] for name in self.names})
+        self._identify(engine.module, self._new)
+        self.base |= buffer_fingerprints(
+            {name: buffer for name, buffer in weights.buffers(engine.module).items() if name in self.dense}
+        )
+        self._check(self.shapes, self.rows, {name: self.base[name] for name in self.names})
         if self.score == "task_vector":
-            self._check_optimizer_holds(self.names, engine.optimizer, "calibration scores")
-            self.core = TaskVectorScores(self._pieces(engine.module), DenseState(engine))
+            self._check_optimizer_holds(self._trained, engine.optimizer, "calibration scores")
+            pieces = self._pieces(engine.module, self._trained)
+            self.core = TaskVectorScores(pieces, DenseState(engine), scored=set(self.names))
 
     def after_step(self, was_skipped: bool, scale_may_fall: bool) -> None:
         if self.core.is_spoilt:
@@ -104,6 +129,7 @@ class CalibrationRun(BlockRun):
             "kind": "calibration",
             "score": self.score,
             "eligible_tensors": list(self.names),
+            "dense_tensors": list(self.dense),
             "optimizer": optimizer,
             **super()._identity(),
         }
@@ -118,9 +144,10 @@ class CalibrationRun(BlockRun):
         held = {"weights": self._weights_bytes(), **self.core.nbytes()}
         if self.score == "task_vector":
             held["masters_moments_gradients"] = 16 * sum(
-                piece.weights.numel() for piece in self._pieces(self.engine.module)
+                piece.weights.numel() for piece in self._pieces(self.engine.module, self._trained)
             )
-        numel = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        spans = (span(shape, self.rows.get(name, all_rows(shape))) for name, shape in self.shapes.items())
+        numel = sum(stop - start for start, stop in spans)
         return {
             "score": self.score,
             "eligible": numel,

@@ -41,11 +41,15 @@ def deliver(
     path: str | Path,
     provenance: Mapping[str, Any] | None,
     *,
+    stored: Mapping[str, tuple[Tensor, Tensor]],
+    model: Mapping[str, Any] | None,
     dtype: torch.dtype | None,
     overwrite: bool,
     device: torch.device,
 ) -> dict[str, Any]:
     """Write the ticket from rank 0 and return its counts on every rank. Collective over the world.
+
+    stored: values and base values of tensors of the mask that were not trained (buffers). model: see `Manifest`.
 
     Only one tensor's values are gathered at a time. An error of the writer does not stop the gathering, which the other
     ranks take part in; it is raised on every rank at the end, whatever it is: a rank that never heard would hang.
@@ -55,13 +59,13 @@ def deliver(
     if dist.get_rank() == 0:
         try:
             with naming_disk_full(Path(path)):
-                writer = TicketWriter(path, mask, provenance or {}, overwrite=overwrite)
+                writer = TicketWriter(path, mask, provenance or {}, model=model, overwrite=overwrite)
         except Exception as caught:  # noqa: BLE001 (raised on every rank)
             error = caught
     raise_together(error)
     try:
         for name in mask.names:
-            values, base = _collect(training, mask, name, dtype, device)
+            values, base = stored[name] if name in stored else _collect(training, mask, name, dtype, device)
             if writer is not None and error is None:
                 try:
                     with naming_disk_full(Path(path)):

@@ -38,7 +38,8 @@ class BlockRun:
     def __init__(self, max_skipped_steps: int) -> None:
         self.skipped = SkippedSteps(check_max_skipped_steps(max_skipped_steps))
         self.engine: Any = None
-        self.base: dict[str, BaseTensor] = {}
+        self.start: dict[str, BaseTensor] = {}  # all parameters, whole, as the run began
+        self.base: dict[str, BaseTensor] = {}  # the same, of the rows that the base has
         self._freeze: Freeze | None = None
         self._groups: BlockGroups | None = None
         self._is_claimed = self._was_built = False
@@ -158,17 +159,28 @@ class BlockRun:
         return self.engine
 
     def _fingerprints(
-        self, model: torch.nn.Module, correction: Mapping[str, int] | None = None
+        self,
+        model: torch.nn.Module,
+        correction: Mapping[str, int] | None = None,
+        rows: Mapping[str, int] | None = None,
     ) -> dict[str, BaseTensor]:
+        """Of every parameter; with `rows` of the leading rows of those that it names, and of nothing else."""
         reduction = self.groups.reduction
         return fingerprints(
-            weights.partitions(model),
+            (part for part in weights.partitions(model) if rows is None or part.name in rows),
             size=reduction.shard_size,
             rank=reduction.shard_rank,
             group=reduction.shard,
             device=self.device,
             correction=correction,
+            rows=rows,
         )
+
+    def _identify(self, model: torch.nn.Module, new: Mapping[str, int]) -> None:
+        """Take the fingerprints of the model as it is now, the base. new: how many rows the base has of tensors of
+        which it does not have all."""
+        self.start = self._fingerprints(model)
+        self.base = self.start | (self._fingerprints(model, rows=new) if new else {})
 
     def _check_optimizer_holds(self, names: Iterable[str], optimizer: Any, what: str) -> None:
         """ValueError where a tensor that takes part is not one of the optimizer's."""

@@ -8,7 +8,7 @@ hash.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,17 +47,21 @@ class DenseOptimizer(Protocol):
 
 
 class TaskVectorScores:
-    """Keeps the base's values in host memory and compares with the masters of a dense run, which are DeepSpeed's."""
+    """Keeps the base's values in host memory and compares with the masters of a dense run, which are DeepSpeed's.
 
-    def __init__(self, pieces: Sequence[Piece], dense: DenseOptimizer) -> None:
+    pieces: of all tensors that train; scored: names of those that get scores (None: all).
+    """
+
+    def __init__(self, pieces: Sequence[Piece], dense: DenseOptimizer, scored: Collection[str] | None = None) -> None:
         self._pieces, self._dense = pieces, dense
-        self._base = {piece.name: piece.weights.detach().to("cpu", copy=True) for piece in pieces}
+        self._scored = [piece for piece in pieces if scored is None or piece.name in scored]
+        self._base = {piece.name: piece.weights.detach().to("cpu", copy=True) for piece in self._scored}
 
     def base(self, name: str) -> Tensor:
         return self._base[name]
 
     def scores(self) -> Iterator[tuple[str, int, Tensor]]:
-        for piece in self._pieces:
+        for piece in self._scored:
             master = self._dense.get(piece.name, "master")[: piece.weights.numel()]
             yield piece.name, piece.start, master - self._base[piece.name].to(master.device).float()
 

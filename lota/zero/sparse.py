@@ -4,7 +4,7 @@ here."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,8 @@ class SparseTraining:
         self.num_reductions = 0
         self.num_steps = 0
         self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.extra: Callable[[], list[Vector]] = list
+        """What else a checkpoint holds: buffers, which keep dtypes of their own."""
 
     def slot(self, name: str) -> tuple[CompactState, Slot]:
         """The state that holds a tensor, and its place there."""
@@ -244,10 +246,10 @@ class SparseTraining:
             if entries.stop > entries.start:
                 kinds = {"master": state.master} | self.update.moments(state)
                 vectors += [Vector.of(f"{name}.{kind}", start, kinds[kind][entries]) for kind in kinds]
-        return vectors
+        return vectors + self.extra()
 
     def prepare_restore(self, numbers: Mapping[str, Any], keys: set[str]) -> None:
-        names = {key.rpartition(".")[2] for key in keys} - {"master"}
+        names = {key.rpartition(".")[2] for key in keys} - {"master", "buffer"}
         for state in self.states:
             self.update.prepare_restore(state, names, numbers["update"])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,18 @@ from deepspeed.accelerator import get_accelerator
 
 from lota import plan
 from lota.kernels import backend_name
+from lota.selection import dense_tensors
 from lota.ticket import Mask
 from lota.wording import did_you_mean
 from lota.zero import engine as engines
 from lota.zero import weights
 from lota.zero.agreement import together
 from lota.zero.base import differing, dtype_name, replicas_agree
+from lota.zero.buffers import StoredBuffers
 from lota.zero.delivery import base_put_back, deliver
 from lota.zero.frozen import Freeze
 from lota.zero.groups import check_shard_group_size, make_groups
+from lota.zero.new_tensors import model_facts, new_tensors, refuse_new
 from lota.zero.run import BUCKET_NUMEL, BlockRun, communication_dtype
 from lota.zero.skipped import DEFAULT_MAX_SKIPPED_STEPS
 from lota.zero.sparse import SparseTraining
@@ -45,9 +48,13 @@ class SparseRun(BlockRun):
         shard_group_size: int | str | None,
         gradient_reduction: str,
         once_per_step: bool,
+        dense: Sequence[str] | None = None,
         max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
     ) -> None:
         super().__init__(max_skipped_steps)
+        self._given, self._dense = mask, dense
+        self._new: dict[str, int] = {}
+        self._buffers: StoredBuffers | None = None
         self.mask, self._shard_group_size, self._once_per_step = mask, shard_group_size, once_per_step
         self._gradient_reduction, self._reduction_reason = gradient_reduction, "as asked"
         self._kernels = ""
@@ -61,23 +68,41 @@ class SparseRun(BlockRun):
     def prepare(self, model: torch.nn.Module, config: Any) -> None:
         size = self._agreed_shard_group_size()
         weights.check_world_sharded(model, " and pass shard_group_size")
+        _check_same_on_all_ranks(self._given.digest, self.device)
         parameters = dict(model.named_parameters())
         shapes, dtypes = weights.shapes(model), weights.engine_dtypes(model, config)
-        _check_same_on_all_ranks(self.mask.digest, self.device)
+        buffers = weights.buffers(model)
+        self.mask = self._complete_mask(shapes | {name: tuple(buffer.shape) for name, buffer in buffers.items()})
+        stored = {name for name in self.mask.names if name in buffers and name not in shapes}
+        known = shapes | {name: tuple(buffers[name].shape) for name in stored}
         for name in self.mask.names:
-            if name not in shapes:
+            if name not in known:
                 raise ValueError(f"the mask names {name}, which the model does not have" + did_you_mean(name, shapes))
-            self.mask.check_base(name, shapes[name], dtype_name(dtypes[name]), None)
-            if self.mask.active(name) and not parameters[name].requires_grad:
+            dtype = str(buffers[name].dtype) if name in stored else dtype_name(dtypes[name])
+            if name in self._given.names:
+                self._given.check_base(name, known[name], dtype, None)
+            if name in stored and not self.mask.is_dense(name):
+                raise ValueError(f"{name} is a buffer, which a ticket stores whole or not at all: name it in dense")
+            if name not in stored and self.mask.active(name) and not parameters[name].requires_grad:
                 raise ValueError(
                     f"the mask trains {name}, but its requires_grad is False; set it to True or leave the tensor "
                     "out of the mask"
                 )
+        self._new = new_tensors(model) | {name: t.rows for name, t in self._given.base.items() if t.rows is not None}
+        whole = {name: self.mask.rows(name) for name in self.mask.names if self.mask.is_dense(name)}
+        refuse_new(self._new, shapes, whole)
+        self._buffers = StoredBuffers(model, stored)
+        self.mask = self.mask.without(stored)
         active = {name for name in self.mask.names if self.mask.active(name)}
         if not active:
             raise ValueError("the mask has no active entry, so there is nothing to train")
         self._freeze = Freeze(model, active)
         self._groups = make_groups(size)
+
+    def _complete_mask(self, shapes: Mapping[str, tuple[int, ...]]) -> Mask:
+        """The mask that was given, with what `dense` names active whole."""
+        named = dense_tensors(shapes, self._dense)
+        return self._given.with_dense({name: (shapes[name], rows) for name, rows in named.items()}, {})
 
     def _agreed_shard_group_size(self) -> int:
         """Collective: nodes may have different numbers of ranks, and scripts may say different things."""
@@ -98,10 +123,13 @@ class SparseRun(BlockRun):
         self._check_optimizer_holds(
             (name for name in self.mask.names if self.mask.active(name)), optimizer, "the mask trains"
         )
-        self.base = self._fingerprints(engine.module)
-        for name in self.mask.names:
-            tensor = self.base[name]
-            self.mask.check_base(name, self.mask.shape(name), tensor.dtype, tensor.fingerprint)
+        self._identify(engine.module, self._new)
+        assert self._buffers is not None
+        self._buffers.begin()
+        identities = self.base | self._buffers.base
+        for name in self._given.names:
+            tensor = identities[name]
+            self._given.check_base(name, self._given.shape(name), tensor.dtype, tensor.fingerprint)
         self._kernels = backend_name(tensor_groups[0].weights.device)
         self._decide_reduction(optimizer, engine, tensor_groups[0].weights.device)
         self.core = SparseTraining(
@@ -115,6 +143,7 @@ class SparseRun(BlockRun):
             reduces_whole=self._gradient_reduction == "dense",
             wire=communication_dtype(engine),
         )
+        self.core.extra = self._buffers.vectors
         return self.core
 
     def _identity(self) -> dict[str, Any]:
@@ -171,6 +200,7 @@ class SparseRun(BlockRun):
             "num_active": self.mask.num_active,
             "eligible": self.mask.eligible,
             "density": self.mask.density,
+            "num_dense": sum(self.mask.active(name) for name in self.mask.names if self.mask.is_dense(name)),
             "num_active_this_rank": sum(local),
             "num_active_fullest_rank": max(
                 sum(state.layout.active_of_rank(rank) for state in training.states) for rank in range(shards)
@@ -208,6 +238,9 @@ class SparseRun(BlockRun):
     ) -> dict[str, Any]:
         """Verify that no frozen bit of the model moved, then write the ticket. Collective; rank 0 writes.
 
+        Persistent buffers count: one that moved and is not stored (`dense`) is an error. Those that are stored have
+        rank 0's values.
+
         dtype: None stores the weights' own bits, torch.float32 the masters. Returns counts and bytes on every rank.
         Raises RuntimeError where a frozen entry changed (a fault, or a script that wrote into the weights), and
         ValueError or OSError where the ticket cannot be written; then nothing is left at `path`.
@@ -217,7 +250,7 @@ class SparseRun(BlockRun):
         training = self._training
         reduction = self.groups.reduction
         now = self._fingerprints(self.engine.module, base_put_back(training))
-        moved = differing(now, self.base, reduction.world, self.device)
+        moved = differing(now, self.start, reduction.world, self.device)
         if moved:
             raise RuntimeError(
                 f"{len(moved)} tensors changed outside the mask, {moved[0]} first: something wrote into frozen weights "
@@ -228,8 +261,20 @@ class SparseRun(BlockRun):
                 "copies of the weights in different shard groups are no longer equal: something wrote into trained "
                 "weights on some ranks only. The ticket was not written."
             )
+        assert self._buffers is not None
+        self._buffers.check_unmoved(reduction.world, self.device)
         mask = self.mask.with_base({name: self.base[name] for name in self.mask.names})
-        return deliver(training, mask, path, provenance, dtype=dtype, overwrite=overwrite, device=self.device)
+        return deliver(
+            training,
+            self._buffers.add_to(mask),
+            path,
+            provenance,
+            stored=self._buffers.values(),
+            model=model_facts(self.engine.module) if self._new else None,
+            dtype=dtype,
+            overwrite=overwrite,
+            device=self.device,
+        )
 
 
 def smallest_memory(device: torch.device) -> int | None:

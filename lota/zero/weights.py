@@ -49,6 +49,12 @@ def _zero_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     yield from model.named_parameters()
 
 
+def buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The persistent buffers: what a checkpoint of the model holds beside its parameters. Every rank has them whole."""
+    stored = model.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
 def engine_dtypes(model: torch.nn.Module, engine_config: Any) -> dict[str, torch.dtype]:
     """The dtype that every parameter will have in the engine: DeepSpeed casts a model that was not made by `zero.Init`,
     and only such."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lota.selection import select, topk, workers
+from lota.ticket import Mask
 from tests.selection.oracle import chosen, pieces_of, positions_of
 
 SHAPES = {"one": (1,), "matrix": (16, 14), "none": (0, 4), "experts": (3, 5, 7), "odd": (31, 3)}
@@ -189,3 +190,27 @@ def test_an_accelerator_chooses_what_the_cpu_chooses(kind, budget):
     assert select(there, shapes, density=0.3, budget=budget, protect=()).mask == expected.mask
     left = select(pieces, shapes, density=0.3, budget=budget, protect=[expected.mask])
     assert select(there, shapes, density=0.3, budget=budget, protect=[expected.mask]).mask == left.mask
+
+
+@pytest.mark.parametrize("budget", ["global", "per_tensor"])
+def test_rows_outside_of_a_range_are_neither_chosen_nor_counted(budget: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes, rows = {"a": (10, 8), "b": (6, 5)}, {"a": (7, 10)}
+    scores = {name: torch.rand(shape, generator=generator).flatten() for name, shape in shapes.items()}
+    scores["a"][:56] += 10  # the best scores lie outside
+    earlier = Mask.from_dense({"a": torch.arange(80).view(10, 8) % 4 == 0})
+    for protect in ([], [earlier]):
+        chosen = select(
+            lambda: ((name, 0, score) for name, score in scores.items()),
+            shapes,
+            density=0.5,
+            budget=budget,
+            rows=rows,
+            protect=protect,
+        )
+        assert chosen.eligible == chosen.mask.eligible == 24 + 30
+        assert chosen.num_active == 27
+        positions = chosen.mask.indices("a")
+        assert int(positions.min()) >= 56
+        assert chosen.mask.restricted_rows == rows
+        assert not protect or chosen.mask.overlap(earlier) == 0

@@ -152,8 +152,8 @@ def change_first(**fields: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m.update(version=2), "lota-ticket version 1, got lota-ticket version 2. Update lota"),
-        (lambda m: m.update(format="other"), "expected format lota-ticket version 1, got other"),
+        (lambda m: m.update(version=3), "lota-ticket version 1 or 2, got lota-ticket version 3. Update lota"),
+        (lambda m: m.update(format="other"), "expected format lota-ticket version 1 or 2, got other"),
         (lambda m: m.update(num_active=5), "the sums over its tensors, got 5"),
         (lambda m: m.update(eligible=5), "the sums over its tensors"),
         (lambda m: m.update(num_changed=10**9), "expected num_changed from 0 to"),
