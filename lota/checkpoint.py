@@ -221,7 +221,7 @@ def _dtype_of_training(tickets: Sequence[Ticket]) -> torch.dtype | None:
 def _other_dtype(tickets: Sequence[Ticket], homes: dict[str, Path], say: Say) -> torch.dtype | None:
     """The dtype to cast a checkpoint to that is stored in another one than the tickets were trained in, else None."""
     dtype = _dtype_of_training(tickets)
-    names = {name for ticket in tickets for name in ticket.names}
+    names = {name for ticket in tickets for name in ticket.names if not ticket.mask.is_dense(name)}
     stored = stored_dtypes(names, homes)
     if dtype is None or stored <= {dtype}:
         return None

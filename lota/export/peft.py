@@ -72,6 +72,8 @@ def export_peft(
     with new_folder(out) as folder:
         skeleton = build_on_meta(base, ticket.model)
         whole = _whole_modules(skeleton, [name for name in ticket.names if ticket.mask.active(name)])
+        # Differences need a base: what it lacks is different in every model that is made to hold the adapter.
+        whole |= {_owner(name) for name, tensor in ticket.mask.base.items() if tensor.rows is not None}
         read = _reader(base, skeleton, ticket, dtype, say)
         sparse: dict[str, Deltas] = {}
         for number, name in enumerate(ticket.names, 1):
