@@ -62,9 +62,13 @@ class LotaArguments(SourceArguments):
     mask: str | None = field(default=None, metadata={"help": "A mask or ticket to train on; skips calibration."})
     protect: list[str] | None = field(default=None, metadata={"help": "Tickets whose entries must not be chosen."})
     include: list[str] | None = field(
-        default=None, metadata={"help": "Patterns of tensor names, instead of attention and MLP weights."}
+        default=None,
+        metadata={"help": "Patterns of tensor names (or of rows: name[a:b]), instead of attention and MLP weights."},
     )
     exclude: list[str] | None = field(default=None, metadata={"help": "Patterns of tensor names to leave out."})
+    dense: list[str] | None = field(
+        default=None, metadata={"help": "Patterns of tensors, or rows name[a:b], to train and store whole besides."}
+    )
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Rows a step over all ranks; gradient_accumulation_steps follows from it."}
     )
@@ -214,7 +218,8 @@ def validate(
         if mask_only:
             raise ValueError(f"method: {args.method} has no mask to calibrate; use method: lota")
         what = "every weight" if args.method == "full" else "an adapter"
-        unused.drop(f"method: {args.method} trains {what}", (*_CALIBRATION, "mask", *_SPARSE, "max_skipped_steps"))
+        ours = (*_CALIBRATION, "mask", "dense", *_SPARSE, "max_skipped_steps")
+        unused.drop(f"method: {args.method} trains {what}", ours)
         if args.method == "lora":
             _fill_lora(args)
     elif args.mask is not None:

@@ -75,7 +75,7 @@ def _use_template(tokenizer: Any, path: str, is_chat: bool) -> None:
     if not path.endswith((".jinja", ".j2")):
         raise ValueError(
             f"chat_template_path must be a .jinja file, got {path!r}: TRL would add the other tokenizer's tokens and "
-            "resize the model, and a ticket cannot add rows. Save that tokenizer's chat_template into a file"
+            "resize the model under the ticket. Save that tokenizer's chat_template into a file"
         )
     if not Path(path).is_file():
         raise ValueError(f"chat_template_path: no such file: {path}")

@@ -45,6 +45,7 @@ def calibrate(
             protect=args.protect or (),
             include=args.include,
             exclude=args.exclude,
+            dense=args.dense,
             seed=config.seed,
             max_skipped_steps=args.max_skipped_steps,
         ) as run,

@@ -50,11 +50,11 @@ def check_vocabulary(tokenizer: Any, num_rows: int, name: str, exempt: str | Non
     if missing:
         raise ValueError(
             f"the tokenizer of {name} has {len(missing)} tokens for which the model has no embedding row ("
-            f"{', '.join(repr(token) for _, token in missing[:3])}; the model has {num_rows} rows). A ticket holds "
-            "values of the base's weights and cannot add rows. If the tokens are not needed, take them out of the "
-            "tokenizer; else make a base that has the rows, model.resize_token_embeddings(len(tokenizer)) and "
-            "save_pretrained of model and tokenizer into one folder, train on that folder, and let the new rows learn: "
-            "add the embedding and the head to include, such as model.embed_tokens.weight and lm_head.weight"
+            f"{', '.join(repr(token) for _, token in missing[:3])}; the model has {num_rows} rows). If "
+            "the tokens are not needed, take them out of the tokenizer; else make a base that has the rows, "
+            "model.resize_token_embeddings(len(tokenizer)) and save_pretrained of model and tokenizer into one folder, "
+            f"train on that folder, and let the new rows learn: dense: [\"model.embed_tokens.weight[{num_rows}:]\", "
+            f"\"lm_head.weight[{num_rows}:]\"]"
         )
 
 

@@ -122,6 +122,7 @@ def train_ticket(
         timed(seconds, "training"),
         lota.sparse_zero3(
             mask,
+            dense=args.dense,
             shard_group_size=args.shard_group_size,
             gradient_reduction=args.gradient_reduction,
             kernels=args.kernels,

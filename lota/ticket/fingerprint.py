@@ -54,12 +54,12 @@ def fingerprint(flat: Tensor, start: int = 0) -> int:
         row, column = divmod(start + done, _ROW)
         if column or num_elements - done < _ROW:
             count = min(_ROW - column, num_elements - done)
-            piece = bits[done : done + count].to(torch.int64).unsqueeze(0)
+            piece = bits[done : done + count].to(torch.int64, copy=True).unsqueeze(0)
             weights = columns[column : column + count]
             weights_sum = weights.sum()
         else:
             count = min(max_rows, (num_elements - done) // _ROW) * _ROW
-            piece = bits[done : done + count].reshape(-1, _ROW).to(torch.int64)
+            piece = bits[done : done + count].reshape(-1, _ROW).to(torch.int64, copy=True)
             weights, weights_sum = columns, full_sum
         # sum of A * bits, plus the sum of A for the "+ 1"
         row_sums[row - first_row : row - first_row + piece.shape[0]] = piece.mul_(weights).sum(1).add_(weights_sum)
@@ -84,7 +84,7 @@ def fingerprint_at(positions: Tensor, values: Tensor) -> int:
     total = torch.zeros((), dtype=torch.int64, device=values.device)
     for begin in range(0, bits.numel(), chunk):
         where = positions[begin : begin + chunk]
-        partial = bits[begin : begin + chunk].to(torch.int64).add_(1)
+        partial = bits[begin : begin + chunk].to(torch.int64, copy=True).add_(1)
         total += partial.mul_(columns[where & (_ROW - 1)]).mul_(_row_multiplier(where >> 16)).sum()
     return int(total) % _MODULUS
 

@@ -173,7 +173,12 @@ class TicketWriter:
         left = [name for name in self._mask.names if name not in self._records]
         suffixes = (INDEX, VALUES, BASE_VALUES)[: 1 + num_kinds]
         keys = [name + suffix for name in left for suffix in suffixes]
-        most = sum(self._mask.encoded(name).data.numel() + 8 + 8 * num_kinds * self._mask.active(name) for name in left)
+        most = sum(
+            self._mask.encoded(name).data.numel()
+            + 8
+            + (8 if self._mask.is_dense(name) else 4) * num_kinds * self._mask.active(name)
+            for name in left
+        )
         self._shards.append(StreamWriter(self._temporary / str(len(self._shards)), keys, most))
         return self._shards[-1]
 

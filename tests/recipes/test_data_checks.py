@@ -43,7 +43,7 @@ def checked(
         (tiny.CHAT, [PAIR], ASSISTANT, "needs conversations: remove it .*as_chat: true"),
         (tiny.CHAT, [MESSAGES], COMPLETION, "the rows are messages: remove it.*assistant_only_loss"),
         (tiny.CHAT, [TEXT], COMPLETION, "the rows are text: remove it"),
-        (tiny.CHAT, [MESSAGES], {"chat_template_path": "some/model"}, "must be a .jinja file.*cannot add rows"),
+        (tiny.CHAT, [MESSAGES], {"chat_template_path": "some/model"}, "must be a .jinja file.*resize the model"),
         (tiny.CHAT, [MESSAGES], {"chat_template_path": "none.jinja"}, "no such file: none.jinja"),
         (tiny.CHAT, [PAIR], {"chat_template_path": str(PLAIN_CHAT_PATH)}, "would be ignored: the rows are no conv"),
         (tiny.CHAT, [TEXT], {"dataset_text_field": "body"}, "dataset_text_field is called text_field here"),

@@ -117,11 +117,27 @@ def test_strided_and_requiring_grad_is_fine_and_nothing_is_changed() -> None:
 
 def test_hex_and_messages() -> None:
     assert to_hex(255) == "00000000000000ff"
-    with pytest.raises(ValueError, match=r"flat bfloat16.*got torch.float64"):
-        fingerprint(torch.zeros(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"flat tensor of numbers, got torch.complex64"):
+        fingerprint(torch.zeros(3, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"Pass tensor.flatten"):
         fingerprint(torch.zeros(3, 3))
     with pytest.raises(ValueError, match=r"start must be"):
         fingerprint(torch.zeros(3), -1)
     with pytest.raises(ValueError, match=r"positions must be int64"):
         fingerprint_at(torch.zeros(3, dtype=torch.int32), torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.float64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
+)
+def test_buffers_of_every_dtype_have_one_and_keep_their_values(dtype: torch.dtype) -> None:
+    """Pieces add up, one changed entry shows, and the tensor is only read."""
+    values = (torch.arange(200_000) % 100).to(dtype)
+    before = values.clone()
+    whole = fingerprint(values)
+    assert add(fingerprint(values[:70_001]), fingerprint(values[70_001:], 70_001)) == whole
+    positions = torch.arange(200_000)
+    assert fingerprint_at(positions, values) == whole
+    assert torch.equal(values, before)
+    values[131_072] = ~values[131_072] if dtype == torch.bool else values[131_072] + 1
+    assert fingerprint(values) != whole

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "ticket_format.md").read_text(encoding="utf-8")
-NUMPY_DTYPES = {"BF16": np.dtype("<u2"), "F16": np.dtype("<u2"), "F32": np.dtype("<u4"), "U8": np.dtype("u1")}
-CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+NUMPY_DTYPES = {
+    "BF16": np.dtype("<u2"), "F16": np.dtype("<u2"), "F32": np.dtype("<u4"), "U8": np.dtype("u1"),
+    "F64": np.dtype("<u8"), "I64": np.dtype("<u8"), "BOOL": np.dtype("u1"),
+}
+CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64", "bool": "BOOL"}
 
 # The reader: json, struct, numpy and the page; nothing of lota or safetensors. Values are bit patterns.
 
@@ -67,7 +70,8 @@ def page_ticket(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, np.ndar
     assert match
     assert hashlib.sha256(body).hexdigest().encode() == match.group(1)
     ticket = json.loads(text)
-    assert (ticket["format"], ticket["version"]) == ("lota-ticket", 1)
+    assert ticket["format"] == "lota-ticket"
+    assert ticket["version"] in (1, 2)
     stored = {file: page_safetensors(path / file) for file in {entry["file"] for entry in ticket["tensors"]}}
     tensors: dict[str, dict[str, np.ndarray]] = {}
     for entry in ticket["tensors"]:
@@ -197,3 +201,78 @@ def test_the_page_reads_what_the_library_writes(tmp_path: Path, shard_bytes: int
     ticket.mask.save(tmp_path / "mask")
     _, tensors = page_ticket(tmp_path / "mask")
     assert all(set(read) == {"index"} for read in tensors.values())
+
+
+def test_the_page_reads_version_2(tmp_path: Path) -> None:
+    import torch
+
+    from lota.ticket import BaseTensor, Mask, Ticket, fingerprint, to_hex
+
+    embed = torch.arange(40).bfloat16().view(10, 4)
+    count, flag = torch.tensor(2**40 + 7), torch.tensor([True, False, True])
+    every = {
+        name: torch.ones(shape, dtype=torch.bool) for name, shape in (("head", (3, 4)), ("count", ()), ("flag", (3,)))
+    }
+    added = torch.zeros(10, 4, dtype=torch.bool)
+    added[8:] = True
+    base = {
+        "embed": BaseTensor("bfloat16", to_hex(fingerprint(embed.flatten()[:32])), 8),
+        "head": BaseTensor("bfloat16", "0" * 16, 0),
+        "count": BaseTensor("int64", to_hex(fingerprint(count.view(1)))),
+        "flag": BaseTensor("bool", to_hex(fingerprint(flag))),
+    }
+    mask = Mask.from_dense({"embed": added, **every}, base=base, rows={"embed": (8, 10)})
+    values = {
+        "embed": embed[8:].flatten(),
+        "head": torch.zeros(12).bfloat16(),
+        "count": count.view(1) + 1,
+        "flag": ~flag,
+    }
+    model = {"class": "Tagger", "config": {"vocab_size": 10}, "base_config": {"vocab_size": 8}}
+    ticket = Ticket(mask, values, {**values, "count": count.view(1), "flag": flag}, {}, model)
+    ticket.save(tmp_path / "ticket")
+    manifest, tensors = page_ticket(tmp_path / "ticket")
+    assert manifest["version"] == 2
+    assert manifest["eligible"] == manifest["num_active"] == 8 + 12 + 1 + 3
+    assert manifest["model"] == model
+    entries = {entry["name"]: entry for entry in manifest["tensors"]}
+    assert entries["embed"]["rows"] == [8, 10]
+    assert {name: entry["base"].get("rows") for name, entry in entries.items()} == {
+        "embed": 8, "head": 0, "count": None, "flag": None
+    }
+    assert tensors["embed"]["index"].tolist() == list(range(32, 40))
+    assert tensors["count"]["values"].tolist() == [2**40 + 8]
+    assert f"{page_fingerprint([2**40 + 7]):016x}" == entries["count"]["base"]["fingerprint"]
+    assert f"{page_fingerprint([1, 0, 1]):016x}" == entries["flag"]["base"]["fingerprint"]
+    again = Ticket.load(tmp_path / "ticket")
+    assert again.mask == mask
+    assert (again.mask.base, again.mask.restricted_rows, again.model) == (base, {"embed": (8, 10)}, model)
+    assert all(torch.equal(again.values(name), values[name]) for name in values)
+    assert again.num_changed == 1 + 3
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m.update(version=1), "expected version 2 for what it holds"),
+        (lambda m: m["tensors"][0].update(rows=[8, 11]), "expected rows inside"),
+        (lambda m: m["tensors"][0].update(rows=[0, 10]), "that leave some out"),
+        (lambda m: m["tensors"][0].update(rows=[9, 10]), "at most 4 active|eligible"),
+        (lambda m: m["tensors"][0]["base"].update(rows=10), "expected fewer rows"),
+        (lambda m: m["tensors"][0]["base"].update(rows=True), "expected 'rows'"),
+        (lambda m: m.update(model=[]), "expected 'model'"),
+    ],
+)
+def test_a_manifest_of_version_2_that_does_not_fit(tmp_path: Path, edit: Any, message: str) -> None:
+    import torch
+
+    from lota.ticket import BaseTensor, Mask
+    from tests.ticket.test_damage import edit_manifest
+
+    added = torch.zeros(10, 4, dtype=torch.bool)
+    added[8:] = True
+    mask = Mask.from_dense({"a": added}, base={"a": BaseTensor("bfloat16", "0" * 16, 8)}, rows={"a": (8, 10)})
+    mask.save(tmp_path / "mask")
+    edit_manifest(tmp_path / "mask", edit)
+    with pytest.raises(ValueError, match=message):
+        Mask.load(tmp_path / "mask")

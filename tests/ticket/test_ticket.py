@@ -190,8 +190,10 @@ def test_messages(tmp_path: Path) -> None:
         Ticket(mask, {**values, "z": values["a"]})
     with pytest.raises(ValueError, match=r"c: expected values .*of shape \(17,\).*got torch.bfloat16 of shape \(16,\)"):
         Ticket(mask, {**values, "c": values["c"][1:]})
-    with pytest.raises(ValueError, match=r"c: expected base_values .*got torch.float64"):
-        Ticket(mask, values, {**values, "c": values["c"].double()})
+    with pytest.raises(ValueError, match=r"a: expected base_values .*got torch.float64"):
+        Ticket(mask, values, {**values, "a": values["a"].double()})
+    with pytest.raises(ValueError, match=r"c: expected base_values .*got torch.complex64"):
+        Ticket(mask, values, {**values, "c": values["c"].to(torch.complex64)})
     with pytest.raises(ValueError, match=r"provenance must be JSON"):
         Ticket(mask, values, None, {"x": torch.ones(1)})
     with pytest.raises(ValueError, match=r"provenance must be JSON"):
