@@ -173,8 +173,10 @@ class _Masked(torch.optim.Optimizer):
         """The tensor's index on the device where the weights are now: a Trainer moves them after this was made."""
         index = self._indices.get(parameter)
         if index is None or index.base.device != parameter.device:
-            positions = self.mask.indices(self._name(parameter)).to(parameter.device)
-            index = self._indices[parameter] = TileIndex.from_flat(positions, parameter.numel())
+            name = self._name(parameter)
+            index = self._indices[parameter] = TileIndex.from_pieces(
+                self.mask.chunks(name), self.mask.active(name), parameter.numel(), parameter.device
+            )
         return index
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:

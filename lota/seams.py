@@ -146,7 +146,9 @@ def sparse_zero3(
     """Train only the active entries of `mask` with the training script inside the block; `run.save_ticket(path)`
     afterwards.
 
-    mask: a `Mask`, a `Ticket`, or the path of one. Inside, `deepspeed.initialize` builds an engine whose masters,
+    mask: a `Mask`, a `Ticket`, or the path of one. Once the engine is built only rank 0 keeps its indices, and
+    `run.mask` of the others has names, shapes and counts only; a mask that the script itself refers to stays in memory.
+    Inside, `deepspeed.initialize` builds an engine whose masters,
     moments and gradients exist for active entries only; everything else of the model keeps its bits. The script passes
     `model.parameters()` as ever; tensors that the mask does not name are frozen for the length of the block.
     dense: patterns of tensors (or their rows, `name[a:b]`) to train whole beside the mask's entries, and to store whole
@@ -179,6 +181,7 @@ def sparse_zero3(
         once_per_step=reduce_every == "step",
         max_skipped_steps=max_skipped_steps,
     )
+    del mask  # else this frame would keep its indices on every rank
     with using(kernels, run.device), _block(run):
         yield run
 

@@ -65,13 +65,7 @@ def main(config_class: type[Config] = RecipeConfig) -> None:
     if args.method in ("full", "lora"):
         train_densely(args, config, sets, folder, seconds, summary)
     else:
-        if args.mask is not None:
-            mask = lota.Mask.load(args.mask)
-            say(f"mask from {args.mask}: {mask.num_active} of {mask.eligible} entries, density {mask.density:.8g}")
-        else:
-            mask, summary["calibration"], sets = calibrate(args, config, sets, folder, seconds)
-        summary["mask"] = mask_facts(args, mask)
-        train_ticket(args, config, sets, folder, mask, seconds, summary)
+        train_ticket(args, config, sets, folder, seconds, summary)
 
     seconds["total"] = round(time.monotonic() - started, 2)
     summary |= {"seconds": seconds, "versions": versions()}
@@ -110,11 +104,17 @@ def train_ticket(
     config: Any,
     sets: Any,
     folder: RunFolder,
-    mask: lota.Mask,
     seconds: dict[str, float],
     summary: dict[str, Any],
 ) -> None:
-    """Rewind, train the active entries, and write the ticket; what was seen goes into `summary`. Collective."""
+    """Find the mask, rewind, train the active entries, and write the ticket; what was seen goes into `summary`.
+    Collective."""
+    if args.mask is not None:
+        mask = lota.Mask.load(args.mask)
+        say(f"mask from {args.mask}: {mask.num_active} of {mask.eligible} entries, density {mask.density:.8g}")
+    else:
+        mask, summary["calibration"], sets = calibrate(args, config, sets, folder, seconds)
+    summary["mask"] = mask_facts(args, mask)
     changes, notes = deepspeed_options.for_sparse_training(config)
     for note in notes:
         say(note)
@@ -129,6 +129,7 @@ def train_ticket(
             max_skipped_steps=args.max_skipped_steps,
         ) as run,
     ):
+        del mask  # once the engine is built, only rank 0 keeps its indices
         phase = Phase("train", args, config, sets, folder, **changes)
         facts = phase.run()
     report = run.report()
@@ -158,7 +159,7 @@ def train_ticket(
         }
     )
     phase.close()
-    summary["ticket"] = ticket | {"bits_per_eligible_weight": 8 * ticket["bytes"] / mask.eligible}
+    summary["ticket"] = ticket | {"bits_per_eligible_weight": 8 * ticket["bytes"] / run.mask.eligible}
     held, dense = sum(report["bytes_held"].values()), sum(report["bytes_held_dense"].values())
     say(f"held {held / 2**20:.1f} MiB a rank for model states; dense ZeRO-3 would hold {dense / 2**20:.1f} MiB")
     say(f"{ticket['num_changed']} of {ticket['num_active']} trained entries changed")

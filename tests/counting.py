@@ -35,9 +35,11 @@ class LiveTensors(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, result)):
             if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self._see(leaf.untyped_storage())
         return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
 
     def nbytes(self) -> int:
         return sum(self.sizes())
@@ -46,6 +48,31 @@ class LiveTensors(TorchDispatchMode):
         """Bytes of every live storage."""
         self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
         return [size for _, size in self._storages.values()]
+
+
+class Peak(LiveTensors):
+    """The most bytes of live tensors after any operation since `restart`. What operations allocate inside themselves
+    is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._at_most = 0  # the sum of all sizes, those of tensors that ended since the last sweep included
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self._at_most > self.most:
+            self._at_most = self.nbytes()
+            self.most = max(self.most, self._at_most)
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        _, before = self._storages.get(storage._cdata, (None, 0))
+        self._at_most += storage.nbytes() - before
+        super()._see(storage)
+
+    def restart(self) -> None:
+        self._at_most = self.most = self.nbytes()
 
 
 class Traffic(LiveTensors):

@@ -1,7 +1,7 @@
 """Operations between dense weights and the compact space of their active entries."""
 
 from lota.kernels.backend import CHOICES, backend_name, using
-from lota.kernels.index import TILE, TileIndex
+from lota.kernels.index import CHUNK, TILE, TileIndex, TileSpans
 from lota.kernels.ops import (
     adamw_,
     adamw_scalars,
@@ -21,8 +21,10 @@ from lota.kernels.rounding import fmix64, rounding_key
 
 __all__ = [
     "CHOICES",
+    "CHUNK",
     "TILE",
     "TileIndex",
+    "TileSpans",
     "adamw_",
     "adamw_scalars",
     "backend_name",

@@ -16,7 +16,10 @@ TILE = 1024
 _NARROW_SPAN = 1 << 16
 _WIDE_SPAN = 1 << 31
 _CHUNK_WORDS = 1 << 15  # of bit words that are spread out at a time: a million positions
-_CHUNK_ENTRIES = 1 << 22
+CHUNK = 1 << 20
+"""Most entries whose positions exist as int64 at a time."""
+_CPU_RUN = 1 << 16  # entries that are computed together on CPUs, where they stay in a cache
+_FEW = 1 << 7  # positions that are looked up at a time, each among the entries of a tile
 
 
 class TileIndex:
@@ -27,8 +30,13 @@ class TileIndex:
     0. num_active, numel: entries in the index, elements in the space.
 
     Built from flat positions, from pieces of them, or from bit words. The index of a ticket's tensor comes from
-    `from_flat(mask.indices(name), numel)`, which decodes either codec, or without a position in between where the codec
-    is the bit map: its bytes, padded to whole words and viewed as int32, are the words that `from_words` takes.
+    `from_pieces(mask.chunks(name), mask.active(name), numel, device)`, which decodes either codec a chunk at a time, or
+    without a position in between where the codec is the bit map: its bytes, padded to whole words and viewed as int32,
+    are the words that `from_words` takes.
+
+    Beside the index that is made, and the pieces that the caller gives, building holds a few int64 for each entry of a
+    chunk (`CHUNK` entries at most). Offsets begin as int16; at the first tile that spans too much for them, those that
+    are there are copied, which takes up to 2 bytes an entry more where `from_pieces` was not told the span.
 
     `check_range=False` leaves out the check that positions lie in `[0, numel)`, for positions that were checked before,
     and no other check: an operation with an index that is out of range reads and writes other memory.
@@ -42,7 +50,12 @@ class TileIndex:
     @classmethod
     def from_flat(cls, positions: Tensor, numel: int, *, check_range: bool = True) -> TileIndex:
         """From all positions at once: int64, ascending, unique, in `[0, numel)`; ValueError otherwise."""
-        return cls.from_pieces([positions], positions.numel(), numel, positions.device, check_range=check_range)
+        spans = TileSpans()
+        if positions.dim() == 1:
+            spans.add(positions)
+        return cls.from_pieces(
+            [positions], positions.numel(), numel, positions.device, span=spans.largest, check_range=check_range
+        )
 
     @classmethod
     def from_words(cls, words: Tensor, numel: int, *, check_range: bool = True) -> TileIndex:
@@ -70,41 +83,20 @@ class TileIndex:
         numel: int,
         device: torch.device | str,
         *,
+        span: int | None = None,
         check_range: bool = True,
     ) -> TileIndex:
         """From int64 pieces that together ascend, so that only one piece is alive as int64 at a time.
 
-        num_active: how many positions the pieces hold together, known beforehand. Raises ValueError where the positions
-        do not ascend strictly, leave `[0, numel)`, or are not `num_active`.
+        num_active: how many positions the pieces hold together, known beforehand. span: the largest distance inside a
+        tile where that is known, too (`TileSpans`), so that offsets have their final width at once. Raises ValueError
+        where the positions do not ascend strictly, leave `[0, numel)`, are not `num_active`, or do not have that span.
         """
-        num_tiles = -(-num_active // TILE)
-        base = torch.zeros(num_tiles, dtype=torch.int64, device=device)
-        offset = torch.zeros(num_tiles * TILE, dtype=torch.int32, device=device)
-        filled, last = 0, -1 if check_range else torch.iinfo(torch.int64).min
+        made = _Builder(num_active, numel, torch.device(device), span, check_range)
         for piece in pieces:
-            positions = piece.to(device)
-            last = _check_ascending(positions, last, numel if check_range else None)
-            count = positions.numel()
-            if filled + count > num_active:
-                raise ValueError(f"expected {num_active} positions, got at least {filled + count}")
-            if count == 0:
-                continue
-            first_tile = -(-filled // TILE)
-            base[first_tile : -(-(filled + count) // TILE)] = positions[first_tile * TILE - filled :: TILE]
-            tile = torch.arange(filled, filled + count, device=device).div_(TILE, rounding_mode="floor")
-            distance = positions - base[tile]
-            if int(distance.max()) >= _WIDE_SPAN:
-                raise ValueError(
-                    f"{TILE} neighbouring active entries span {int(distance.max())} positions; at most 2**31 are "
-                    "supported"
-                )
-            offset[filled : filled + count] = distance.to(torch.int32)
-            filled += count
-        if filled != num_active:
-            raise ValueError(f"expected {num_active} positions, got {filled}")
-        if num_active == 0 or int(offset.max()) < _NARROW_SPAN:
-            offset = torch.where(offset >= _NARROW_SPAN // 2, offset - _NARROW_SPAN, offset).to(torch.int16)
-        return cls(base, offset, num_active, numel)
+            for chunk in piece.split(CHUNK) if piece.dim() == 1 else [piece]:
+                made.add(chunk.to(device))
+        return made.finish()
 
     def positions(self, start: int = 0, stop: int | None = None) -> Tensor:
         """int64 positions of the entries `start:stop` of the compact order."""
@@ -120,6 +112,12 @@ class TileIndex:
         bases = self.base[first_tile : -(-stop // TILE)].repeat_interleave(TILE)
         return positions.add_(bases[start - first_tile * TILE : stop - first_tile * TILE])
 
+    def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """The same as `positions`, at most `CHUNK` entries at a time; each chunk is the caller's own."""
+        stop = self.num_active if stop is None else stop
+        for begin in range(start, stop, CHUNK):
+            yield self.positions(begin, min(begin + CHUNK, stop))
+
     def slice(self, start: int, stop: int) -> TileIndex:
         """The index of the elements `start:stop` as a space of their own: of `stop - start` elements, beginning at 0.
 
@@ -127,24 +125,145 @@ class TileIndex:
         """
         if not 0 <= start <= stop <= self.numel:
             raise ValueError(f"elements {start}:{stop} lie outside the index's space of {self.numel}")
-        first, last = self._entries_before(start), self._entries_before(stop)
-        pieces = (
-            self.positions(begin, min(begin + _CHUNK_ENTRIES, last)).sub_(start)
-            for begin in range(first, last, _CHUNK_ENTRIES)
-        )
-        return TileIndex.from_pieces(pieces, last - first, stop - start, self.base.device)
+        first, last = self.entries_before(torch.tensor([start, stop], device=self.base.device)).tolist()
+        pieces = (chunk.sub_(start) for chunk in self.chunks(first, last))
+        span = self._span(first, last)
+        return TileIndex.from_pieces(pieces, last - first, stop - start, self.base.device, span=span)
 
-    def _entries_before(self, position: int) -> int:
-        """How many active entries stand before a position."""
-        tile = int(torch.searchsorted(self.base, position)) - 1  # the last one that begins before it
-        if tile < 0:
+    def _span(self, first: int, last: int) -> int:
+        """The largest distance inside a tile, were the entries `first:last` cut into tiles from `first` on."""
+        if first == last:
             return 0
-        first = tile * TILE
-        return first + int((self.positions(first, min(first + TILE, self.num_active)) < position).sum())
+        firsts = torch.arange(first, last, TILE, device=self.base.device)
+        return int((self._at((firsts + (TILE - 1)).clamp_(max=last - 1)) - self._at(firsts)).max())
+
+    def _at(self, entries: Tensor) -> Tensor:
+        """Positions of single entries (int64, any shape)."""
+        offset = self.offset[entries].to(torch.int64)
+        if self.offset.dtype == torch.int16:
+            offset &= _NARROW_SPAN - 1
+        return offset.add_(self.base[entries // TILE])
+
+    def entries_before(self, positions: Tensor) -> Tensor:
+        """How many active entries stand before each of the int64 `positions` `[n]`, in any order: int64 `[n]`."""
+        if self.num_active == 0:
+            return torch.zeros_like(positions)
+        found = [
+            self._entries_before(positions[begin : begin + _FEW]) for begin in range(0, positions.numel(), _FEW)
+        ]
+        return torch.cat(found) if found else positions
+
+    def _entries_before(self, positions: Tensor) -> Tensor:
+        # The last tile that begins before the position; where none does, no entry of the first one stands before it.
+        first = (torch.searchsorted(self.base, positions) - 1).clamp_(min=0).mul_(TILE)
+        entries = first[:, None] + torch.arange(TILE, device=first.device)
+        is_before = (self._at(entries) < positions[:, None]).logical_and_(entries < self.num_active)
+        return first.add_(is_before.sum(1))
 
     @property
     def nbytes(self) -> int:
         return self.base.nbytes + self.offset.nbytes
+
+
+class TileSpans:
+    """The largest distance inside a tile, of positions that come in ascending chunks: what decides how wide the offsets
+    of their index are, before it is built."""
+
+    def __init__(self) -> None:
+        self.num_entries, self.base, self.largest = 0, 0, 0
+
+    def add(self, positions: Tensor, shift: int = 0) -> None:
+        """Take the next chunk: int64 `[n]`, every position moved by `shift`."""
+        if positions.numel() == 0:
+            return
+        lead = -self.num_entries % TILE
+        if lead:
+            self.largest = max(self.largest, int(positions[:lead][-1]) + shift - self.base)
+        firsts = positions[lead::TILE]
+        if firsts.numel():
+            lasts = torch.cat((positions[lead + TILE - 1 :: TILE], positions[-1:]))[: firsts.numel()]
+            self.largest = max(self.largest, int((lasts - firsts).max()))
+            self.base = int(firsts[-1]) + shift
+        self.num_entries += positions.numel()
+
+    @property
+    def offset_bytes(self) -> int:
+        """2 or 4: what an entry takes in the index of these positions."""
+        return 2 if self.largest < _NARROW_SPAN else 4
+
+
+class _Builder:
+    """An index that grows by ascending chunks on its own device."""
+
+    def __init__(self, num_active: int, numel: int, device: torch.device, span: int | None, check_range: bool) -> None:
+        self.num_active, self.numel, self._expected_span = num_active, numel, span
+        num_tiles = -(-num_active // TILE)
+        is_wide = span is not None and span >= _NARROW_SPAN
+        self._base = torch.zeros(num_tiles, dtype=torch.int64, device=device)
+        self._offset = torch.zeros(num_tiles * TILE, dtype=torch.int32 if is_wide else torch.int16, device=device)
+        self._spans = TileSpans()
+        self._last = -1 if check_range else torch.iinfo(torch.int64).min
+        self._limit = numel if check_range else None
+
+    def add(self, positions: Tensor) -> None:
+        self._last = _check_ascending(positions, self._last, self._limit)
+        filled, count = self._spans.num_entries, positions.numel()
+        if filled + count > self.num_active:
+            raise ValueError(f"expected {self.num_active} positions, got at least {filled + count}")
+        if count == 0:
+            return
+        begun_at = self._spans.base
+        self._spans.add(positions)
+        if self._spans.largest >= _WIDE_SPAN:
+            raise ValueError(
+                f"{TILE} neighbouring active entries span {self._spans.largest} positions; at most 2**31 are supported"
+            )
+        if self._spans.largest >= _NARROW_SPAN and self._offset.dtype == torch.int16:
+            self._widen(filled)
+        lead = min(-filled % TILE, count)
+        first_tile = -(-filled // TILE)
+        self._base[first_tile : -(-(filled + count) // TILE)] = positions[lead::TILE]
+        if lead:
+            self._write(filled, positions[:lead] - begun_at)
+        run = _CPU_RUN if positions.device.type == "cpu" else CHUNK
+        for begin in range(lead, count, run):
+            self._write_tiles(filled + begin, positions[begin : begin + run])
+
+    def _write_tiles(self, entry: int, positions: Tensor) -> None:
+        """Offsets of positions that begin with a tile."""
+        whole = positions.numel() // TILE * TILE
+        tiles = positions[:whole].view(-1, TILE)
+        self._write(entry, (tiles - tiles[:, :1]).view(-1))
+        if whole < positions.numel():
+            self._write(entry + whole, positions[whole:] - positions[whole])
+
+    def _write(self, entry: int, distance: Tensor) -> None:
+        """Offsets from an entry on; `distance` is overwritten."""
+        if self._offset.dtype == torch.int16:  # the bits of a uint16: 32768 and more become negative
+            distance.bitwise_xor_(_NARROW_SPAN // 2).sub_(_NARROW_SPAN // 2)
+        self._offset[entry : entry + distance.numel()] = distance
+
+    def _widen(self, filled: int) -> None:
+        """Go on in 4 bytes an entry. What is there is set aside first, so that the old offsets end before the new ones
+        begin."""
+        num_entries, device = self._offset.numel(), self._offset.device
+        kept = self._offset[:filled].clone()
+        del self._offset
+        self._offset = torch.zeros(num_entries, dtype=torch.int32, device=device)
+        for begin in range(0, filled, CHUNK):
+            chunk = kept[begin : begin + CHUNK].to(torch.int32)
+            self._offset[begin : begin + chunk.numel()] = chunk.bitwise_and_(_NARROW_SPAN - 1)
+
+    def finish(self) -> TileIndex:
+        """The index, once all its positions are there."""
+        if self._spans.num_entries != self.num_active:
+            raise ValueError(f"expected {self.num_active} positions, got {self._spans.num_entries}")
+        if self._expected_span is not None and self._expected_span != self._spans.largest:
+            raise ValueError(
+                f"expected {TILE} neighbouring entries to span at most {self._expected_span} positions, got "
+                f"{self._spans.largest}: the span is not of these positions"
+            )
+        return TileIndex(self._base, self._offset, self.num_active, self.numel)
 
 
 def _spread_words(words: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -70,6 +70,7 @@ class Protection:
                 start, stop = self._spans[name]
                 free[:start] = free[stop:] = False
             for mask in self._masks[name]:
-                free[mask.indices(name)] = False
+                for chunk in mask.chunks(name):
+                    free[chunk] = False
             self._decoded = name, free
         return self._decoded[1]

@@ -13,6 +13,7 @@ All work is vectorised in chunks that stay in cache; nothing loops over entries.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -71,22 +72,49 @@ def decode(index: EncodedIndex) -> Tensor:
     Safe on data from anywhere: what is allocated is bounded by `data`, not by what the other fields claim.
     """
     check(index)
-    if index.num_active == 0:
-        return torch.empty(0, dtype=torch.int64)
-    if index.codec == BITMAP:
-        return _find_bits(index.data, index.num_active)
-    num_low_bytes = _num_low_bytes(index.num_active, index.low_bits)
-    positions = _find_bits(index.data[num_low_bytes:], index.num_active)
-    for begin in range(0, index.num_active, _CHUNK_ENTRIES):
-        chunk = positions[begin : begin + _CHUNK_ENTRIES]
-        chunk.sub_(torch.arange(begin, begin + chunk.numel())).bitwise_left_shift_(index.low_bits)
-        if index.low_bits:
-            chunk.bitwise_or_(_unpack(index.data, index.low_bits, begin, chunk.numel()))
-    if int(positions[0]) < 0 or not (positions[1:] > positions[:-1]).all():
-        raise ValueError("expected ascending positions, got positions that repeat or descend")
-    if int(positions[-1]) >= index.numel:
-        raise ValueError(f"expected positions below {index.numel}, got {int(positions[-1])}")
+    positions, filled = torch.empty(index.num_active, dtype=torch.int64), 0
+    for chunk in _decode(index):
+        positions[filled : filled + chunk.numel()] = chunk
+        filled += chunk.numel()
     return positions
+
+
+def decode_chunks(index: EncodedIndex) -> Iterator[Tensor]:
+    """The same positions in ascending chunks, none empty, each at most a million entries and the caller's own.
+
+    ValueError before the first chunk where length or counts are wrong, and in place of the first chunk that does not
+    ascend or leaves the range.
+    """
+    check(index)
+    yield from _decode(index)
+
+
+def _decode(index: EncodedIndex) -> Iterator[Tensor]:
+    """Ascending chunks of an index that `check` has passed."""
+    if index.num_active == 0:
+        return
+    is_bitmap = index.codec == BITMAP
+    data = index.data if is_bitmap else index.data[_num_low_bytes(index.num_active, index.low_bits) :]
+    filled, last = 0, -1
+    for positions in _find_bits(data):
+        if not is_bitmap:
+            _put_low_bits(positions, index, filled)
+        if int(positions[0]) <= last or not (positions[1:] > positions[:-1]).all():
+            raise ValueError("expected ascending positions, got positions that repeat or descend")
+        filled, last = filled + positions.numel(), int(positions[-1])
+        if last >= index.numel:
+            raise ValueError(f"expected positions below {index.numel}, got {last}")
+        yield positions
+
+
+def _put_low_bits(high: Tensor, index: EncodedIndex, first: int) -> None:
+    """Turn the bits found in the string of high bits, those of the entries `first ...`, into positions; in place."""
+    for begin in range(0, high.numel(), _CHUNK_ENTRIES):
+        chunk, entry = high[begin : begin + _CHUNK_ENTRIES], first + begin
+        chunk.sub_(torch.arange(entry, entry + chunk.numel())).bitwise_left_shift_(index.low_bits)
+        if index.low_bits:
+            lead = entry % 8
+            chunk.bitwise_or_(_unpack(index.data, index.low_bits, entry - lead, chunk.numel() + lead)[lead:])
 
 
 def check(index: EncodedIndex) -> None:
@@ -186,15 +214,12 @@ def _spread(data: Tensor) -> Tensor:
     return data.to(torch.int64).mul_(_BYTE_COPIES).bitwise_and_(_BIT_OF_BYTE).view(torch.uint8)
 
 
-def _find_bits(data: Tensor, count: int) -> Tensor:
-    """int64 `[count]` positions of the set bits; `check` has counted them."""
-    found = torch.empty(count, dtype=torch.int64)
-    filled = 0
+def _find_bits(data: Tensor) -> Iterator[Tensor]:
+    """int64 positions of the set bits, in ascending chunks of 1 to 8 * `_CHUNK_BYTES`."""
     for begin in range(0, data.numel(), _CHUNK_BYTES):
         bits = _spread(data[begin : begin + _CHUNK_BYTES]).nonzero().squeeze(1)
-        found[filled : filled + bits.numel()] = bits.add_(8 * begin)
-        filled += bits.numel()
-    return found
+        if bits.numel():
+            yield bits.add_(8 * begin)
 
 
 def _set_bits(positions: Tensor, num_bits: int) -> Tensor:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lota.ticket.codec import EncodedIndex, decode, encode
+from lota.ticket.codec import EncodedIndex, decode, decode_chunks, encode
 from lota.ticket.manifest import BaseTensor, TensorRecord
 from lota.ticket.reader import open_ticket
 from lota.ticket.rows import Rows, check_rows, span, whole
@@ -182,11 +183,29 @@ class Mask:
     def indices(self, name: str) -> Tensor:
         """Flat positions of the active entries: int64 `[active(name)]` on the CPU, ascending, decoded at every call."""
         index = self.encoded(name)
-        try:
-            return _inside(decode(index), span(self._shapes[name], self.rows(name)))
-        except ValueError as error:
-            where = f"{self.origin}: {name}" if self.origin else name
-            raise ValueError(f"{where}: {error}. The index is wrong: make the mask again.") from None
+        with self._naming(name):
+            return self._inside(name, decode(index))
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """The same positions, decoded as they are asked for: ascending chunks of at most a million, none empty."""
+        chunks = decode_chunks(self.encoded(name))
+        while True:
+            with self._naming(name):
+                chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                self._inside(name, chunk)
+            yield chunk
+
+    def _inside(self, name: str, positions: Tensor) -> Tensor:
+        """`positions` (ascending), after checking that they lie in the rows that take part."""
+        start, stop = span(self._shapes[name], self.rows(name))
+        if positions.numel() and not start <= int(positions[0]) <= int(positions[-1]) < stop:
+            raise ValueError(
+                f"expected positions in {start}:{stop}, the rows that take part, got {int(positions[0])} to "
+                f"{int(positions[-1])}"
+            )
+        return positions
 
     def dense(self, name: str) -> Tensor:
         """bool tensor of `shape(name)` on the CPU, True where active."""
@@ -300,6 +319,15 @@ class Mask:
     def __repr__(self) -> str:
         return f"Mask({len(self._shapes)} tensors, {self.num_active} of {self.eligible} active, {self.density:.4%})"
 
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Say of which mask and tensor an index is wrong."""
+        try:
+            yield
+        except ValueError as error:
+            where = f"{self.origin}: {name}" if self.origin else name
+            raise ValueError(f"{where}: {error}. The index is wrong: make the mask again.") from None
+
     def _known(self, name: str) -> str:
         if name not in self._shapes:
             raise ValueError(f"unknown tensor {name!r}: the mask names {len(self._shapes)} tensors{self._close(name)}")
@@ -319,16 +347,6 @@ class Mask:
                 f"expected a base for all {len(self._shapes)} tensors or for none, none for {', '.join(missing[:3])}"
             )
         return {name: base[name] for name in self._shapes}
-
-
-def _inside(positions: Tensor, bounds: tuple[int, int]) -> Tensor:
-    """`positions` (ascending), after checking that they lie inside `start, stop`."""
-    if positions.numel() and not bounds[0] <= int(positions[0]) <= int(positions[-1]) < bounds[1]:
-        raise ValueError(
-            f"expected positions in {bounds[0]}:{bounds[1]}, the rows that take part, got {int(positions[0])} to "
-            f"{int(positions[-1])}"
-        )
-    return positions
 
 
 def _is_utf8(name: str) -> bool:

@@ -126,7 +126,7 @@ def _read_index(stored: StoredTensor, record: TensorRecord) -> EncodedIndex:
     length = num_bytes(record.codec, record.numel, record.num_active, record.low_bits)
     if torch.count_nonzero(data[length:]):
         raise ValueError(f"{stored.path}: {record.name}: expected padding of zeros after the index, got other bytes")
-    index = EncodedIndex(record.codec, record.numel, record.num_active, record.low_bits, data[:length].clone())
+    index = EncodedIndex(record.codec, record.numel, record.num_active, record.low_bits, data[:length])
     try:
         check(index)
         return index if index.is_canonical else encode(decode(index), index.numel)

@@ -15,6 +15,7 @@ from lota.ticket import Mask, TicketWriter
 from lota.ticket.fingerprint import fingerprint_at
 from lota.zero.agreement import raise_together
 from lota.zero.layout import owned_range
+from lota.zero.outline import MaskOutline
 from lota.zero.sparse import SparseTraining
 
 
@@ -29,15 +30,19 @@ def base_put_back(training: SparseTraining) -> dict[str, int]:
         for slot in state.layout.slots:
             entries = state.entries(slot)
             start, _ = owned_range(slot.numel, groups.shard_size, groups.shard_rank)
-            positions = state.local_index.positions(entries.start, entries.stop).cpu() - slot.local_origin + start
-            values, base = training.current_values(slot.name, None)
-            corrections[slot.name] = fingerprint_at(positions, base) - fingerprint_at(positions, values)
+            correction = 0
+            for first, last in state.runs(entries.start, entries.stop):
+                positions = state.local_index.positions(first, last).cpu().add_(start - slot.local_origin)
+                correction += fingerprint_at(positions, state.base_values[first:last])
+                correction -= fingerprint_at(positions, state.values(first, last).cpu())
+            corrections[slot.name] = correction
     return corrections
 
 
 def deliver(
     training: SparseTraining,
-    mask: Mask,
+    outline: MaskOutline,
+    mask: Mask | None,
     path: str | Path,
     provenance: Mapping[str, Any] | None,
     *,
@@ -49,14 +54,15 @@ def deliver(
 ) -> dict[str, Any]:
     """Write the ticket from rank 0 and return its counts on every rank. Collective over the world.
 
-    stored: values and base values of tensors of the mask that were not trained (buffers). model: see `Manifest`.
-
+    outline: of what was trained, with the base's identity. mask: on rank 0, which alone needs its indices, what the
+    ticket holds; else None. stored: values and base values of tensors of the mask that were not trained (buffers).
+    model: see `Manifest`.
     Only one tensor's values are gathered at a time. An error of the writer does not stop the gathering, which the other
     ranks take part in; it is raised on every rank at the end, whatever it is: a rank that never heard would hang.
     """
     writer: TicketWriter | None = None
     error: Exception | None = None
-    if dist.get_rank() == 0:
+    if mask is not None:
         try:
             with naming_disk_full(Path(path)):
                 writer = TicketWriter(path, mask, provenance or {}, model=model, overwrite=overwrite)
@@ -64,8 +70,8 @@ def deliver(
             error = caught
     raise_together(error)
     try:
-        for name in mask.names:
-            values, base = stored[name] if name in stored else _collect(training, mask, name, dtype, device)
+        for name in outline.names:
+            values, base = _collect(training, outline, name, dtype, device)
             if writer is not None and error is None:
                 try:
                     with naming_disk_full(Path(path)):
@@ -75,6 +81,8 @@ def deliver(
         if writer is not None and error is None:
             try:
                 with naming_disk_full(Path(path)):
+                    for name, (values, base) in stored.items():
+                        writer.add(name, values, base)
                     writer.close()
             except Exception as caught:  # noqa: BLE001 (raised on every rank)
                 error = caught
@@ -82,20 +90,22 @@ def deliver(
         if writer is not None:
             writer.abandon()
     raise_together(error)
-    counts = [] if writer is None else [{"num_changed": writer.num_changed or 0, "bytes": writer.num_bytes}]
-    box: list[Any] = counts or [None]
+    counts: dict[str, int] = {}
+    if writer is not None and mask is not None:
+        counts = {"num_active": mask.num_active, "num_changed": writer.num_changed or 0, "bytes": writer.num_bytes}
+    box = [counts]
     dist.broadcast_object_list(box, src=0)
-    return {"num_active": mask.num_active} | box[0]
+    return box[0]
 
 
 def _collect(
-    training: SparseTraining, mask: Mask, name: str, dtype: torch.dtype | None, device: torch.device
+    training: SparseTraining, outline: MaskOutline, name: str, dtype: torch.dtype | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """All values and base values of a tensor on rank 0 (empty elsewhere), from the shard group that rank 0 is in."""
     groups, rank = training.groups, dist.get_rank()
-    base_dtype = getattr(torch, mask.base[name].dtype)
+    base_dtype = getattr(torch, outline.base[name].dtype)
     empty = torch.empty(0, dtype=dtype or base_dtype), torch.empty(0, dtype=base_dtype)
-    if not mask.active(name) or rank >= groups.shard_size:
+    if not outline.active(name) or rank >= groups.shard_size:
         return empty
     _, slot = training.slot(name)
     own = training.current_values(name, dtype)
@@ -104,12 +114,16 @@ def _collect(
             if tensor.numel():
                 dist.send(tensor.to(device).view(torch.uint8), 0, group=groups.shard)
         return empty
-    gathered = [[tensor] for tensor in own]
+    gathered = [torch.empty(slot.num_active, dtype=tensor.dtype) for tensor in own]
+    for whole, tensor in zip(gathered, own, strict=True):
+        whole[: tensor.numel()] = tensor
+    filled = slot.counts[0]
     for source in range(1, groups.shard_size):
-        for pieces in gathered:
-            received = torch.empty(slot.counts[source], dtype=pieces[0].dtype, device=device)
+        for whole in gathered:
+            received = torch.empty(slot.counts[source], dtype=whole.dtype, device=device)
             if received.numel():
                 dist.recv(received.view(torch.uint8), source, group=groups.shard)
-            pieces.append(received.cpu())
-    values, base = (torch.cat(pieces) for pieces in gathered)
+            whole[filled : filled + received.numel()] = received
+        filled += slot.counts[source]
+    values, base = gathered
     return values, base

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -77,11 +78,15 @@ def owned_range(numel: int, size: int, rank: int) -> tuple[int, int]:
     return min(rank * n, numel), min((rank + 1) * n, numel)
 
 
+def owner_bounds(positions: Tensor, numel: int, size: int) -> list[int]:
+    """`size + 1` bounds: of the ascending int64 `positions`, rank r owns those from `bounds[r]` to `bounds[r + 1]`."""
+    edges = torch.arange(size + 1, device=positions.device) * partition_numel(numel, size)
+    return torch.searchsorted(positions, edges).tolist()
+
+
 def owner_counts(positions: Tensor, numel: int, size: int) -> tuple[int, ...]:
     """How many of the ascending int64 `positions` each of the `size` ranks owns."""
-    edges = torch.arange(size + 1, device=positions.device) * partition_numel(numel, size)
-    bounds = torch.searchsorted(positions, edges)
-    return tuple((bounds[1:] - bounds[:-1]).tolist())
+    return tuple(stop - start for start, stop in pairwise(owner_bounds(positions, numel, size)))
 
 
 def build_layout(tensors: Sequence[tuple[str, int, tuple[int, ...]]], rank: int) -> Layout:

@@ -36,7 +36,7 @@ class TensorGroup:
 
 
 class SparseTraining:
-    """Compact state of all tensors of a mask, fed with dense gradients one tensor at a time.
+    """Compact state of all tensors of a mask, fed with dense gradients one tensor at a time. The mask is not kept.
 
     device: where gradients appear. bucket_numel: most entries of a reduction bucket. once_per_step: reduce once per
     step instead of once per micro step. reduces_whole: reduce whole gradients and compact what this rank owns as it
@@ -58,12 +58,12 @@ class SparseTraining:
         wire: torch.dtype = torch.float32,
     ) -> None:
         assert not (once_per_step and reduces_whole)
-        self.mask, self.update, self.groups, self.device = mask, update, groups, device
+        self.update, self.groups, self.device = update, groups, device
         self.tensor_groups, self._once_per_step = tuple(tensor_groups), once_per_step
         place_of_index = None if reduces_whole else device
         self.states = [
             CompactState(
-                g.names, g.numels, g.weights, mask.indices, groups.shard_rank, groups.shard_size, place_of_index
+                g.names, g.numels, g.weights, mask.chunks, groups.shard_rank, groups.shard_size, place_of_index
             )
             for g in tensor_groups
         ]
@@ -126,11 +126,10 @@ class SparseTraining:
         assert self._whole is not None
         found: list[slice] = []
         for (state, slot), slots in zip(self._order, self._whole.slots, strict=True):
-            entries = state.entries(slot)
-            positions = state.local_index.positions(entries.start, entries.stop) - slot.local_origin
-            edges = [self._whole.stretches[position].offset for position in slots] + [slot.partition_numel]
-            bounds = torch.searchsorted(positions, torch.tensor(edges, device=positions.device)).tolist()
-            found += [slice(entries.start + start, entries.start + stop) for start, stop in itertools.pairwise(bounds)]
+            entries, index = state.entries(slot), state.local_index
+            edges = [slot.local_origin + self._whole.stretches[position].offset for position in slots]
+            bounds = index.entries_before(torch.tensor(edges, device=index.base.device)).tolist() + [entries.stop]
+            found += [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
         return found
 
     def add_gradient(self, name: str, gradient: Tensor) -> None:
@@ -225,9 +224,7 @@ class SparseTraining:
         base = state.base_values[entries]
         if dtype == torch.float32:
             return state.master[entries].cpu(), base
-        values = state.weights.new_empty(entries.stop - entries.start)
-        gather(state.weights, state.local_index, out=values, start=entries.start, stop=entries.stop)
-        return values.cpu(), base
+        return state.values(entries.start, entries.stop).cpu(), base
 
     def is_mid_step(self) -> bool:
         return self._has_gradients

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from lota.zero.delivery import base_put_back, deliver
 from lota.zero.frozen import Freeze
 from lota.zero.groups import check_shard_group_size, make_groups
 from lota.zero.new_tensors import model_facts, new_tensors, refuse_new
+from lota.zero.outline import MaskOutline
 from lota.zero.run import BUCKET_NUMEL, BlockRun, communication_dtype
 from lota.zero.skipped import DEFAULT_MAX_SKIPPED_STEPS
 from lota.zero.sparse import SparseTraining
@@ -36,7 +38,11 @@ _LOG = logging.getLogger("lota")
 
 
 class SparseRun(BlockRun):
-    """Sparse training on a mask."""
+    """Sparse training on a mask.
+
+    outline: names, shapes, counts and identity of the mask. Its indices are read when the engine is built; afterwards
+    only rank 0 keeps them, for the ticket.
+    """
 
     is_sparse = True
     optimizer_class = engines.SparseOptimizer
@@ -52,12 +58,19 @@ class SparseRun(BlockRun):
         max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
     ) -> None:
         super().__init__(max_skipped_steps)
-        self._given, self._dense = mask, dense
-        self._new: dict[str, int] = {}
+        self._given: Mask | None = mask
+        self._dense, self._new = dense, dict[str, int]()
         self._buffers: StoredBuffers | None = None
-        self.mask, self._shard_group_size, self._once_per_step = mask, shard_group_size, once_per_step
+        self.outline = MaskOutline(mask)
+        self._mask: Mask | None = mask
+        self._shard_group_size, self._once_per_step = shard_group_size, once_per_step
         self._gradient_reduction, self._reduction_reason = gradient_reduction, "as asked"
         self._kernels = ""
+
+    @property
+    def mask(self) -> Mask | MaskOutline:
+        """The mask on rank 0, and on all ranks until the engine is built; then, on the others, its outline."""
+        return self.outline if self._mask is None else self._mask
 
     @property
     def _training(self) -> SparseTraining:
@@ -68,41 +81,47 @@ class SparseRun(BlockRun):
     def prepare(self, model: torch.nn.Module, config: Any) -> None:
         size = self._agreed_shard_group_size()
         weights.check_world_sharded(model, " and pass shard_group_size")
-        _check_same_on_all_ranks(self._given.digest, self.device)
-        parameters = dict(model.named_parameters())
-        shapes, dtypes = weights.shapes(model), weights.engine_dtypes(model, config)
+        given = self._whole_mask()
+        _check_same_on_all_ranks(given.digest, self.device)
         buffers = weights.buffers(model)
-        self.mask = self._complete_mask(shapes | {name: tuple(buffer.shape) for name, buffer in buffers.items()})
-        stored = {name for name in self.mask.names if name in buffers and name not in shapes}
-        known = shapes | {name: tuple(buffers[name].shape) for name in stored}
-        for name in self.mask.names:
-            if name not in known:
-                raise ValueError(f"the mask names {name}, which the model does not have" + did_you_mean(name, shapes))
-            dtype = str(buffers[name].dtype) if name in stored else dtype_name(dtypes[name])
-            if name in self._given.names:
-                self._given.check_base(name, known[name], dtype, None)
-            if name in stored and not self.mask.is_dense(name):
-                raise ValueError(f"{name} is a buffer, which a ticket stores whole or not at all: name it in dense")
-            if name not in stored and self.mask.active(name) and not parameters[name].requires_grad:
-                raise ValueError(
-                    f"the mask trains {name}, but its requires_grad is False; set it to True or leave the tensor "
-                    "out of the mask"
-                )
-        self._new = new_tensors(model) | {name: t.rows for name, t in self._given.base.items() if t.rows is not None}
-        whole = {name: self.mask.rows(name) for name in self.mask.names if self.mask.is_dense(name)}
-        refuse_new(self._new, shapes, whole)
-        self._buffers = StoredBuffers(model, stored)
-        self.mask = self.mask.without(stored)
-        active = {name for name in self.mask.names if self.mask.active(name)}
+        shapes, buffer_shapes = weights.shapes(model), {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+        named = dense_tensors(buffer_shapes | shapes, self._dense)
+        mask = given.with_dense({name: ((buffer_shapes | shapes)[name], rows) for name, rows in named.items()}, {})
+        self._check_fits(mask, given, model, config)
+        self._new = new_tensors(model) | {name: base.rows for name, base in given.base.items() if base.rows is not None}
+        refuse_new(self._new, shapes, {name: mask.rows(name) for name in mask.names if mask.is_dense(name)})
+        self._buffers = StoredBuffers(model, [name for name in mask.names if name not in shapes])
+        self._mask = mask.without(self._buffers.stored)
+        self.outline = MaskOutline(self._mask)
+        active = set(self._trained_names())
         if not active:
             raise ValueError("the mask has no active entry, so there is nothing to train")
         self._freeze = Freeze(model, active)
         self._groups = make_groups(size)
 
-    def _complete_mask(self, shapes: Mapping[str, tuple[int, ...]]) -> Mask:
-        """The mask that was given, with what `dense` names active whole."""
-        named = dense_tensors(shapes, self._dense)
-        return self._given.with_dense({name: (shapes[name], rows) for name, rows in named.items()}, {})
+    def _check_fits(self, mask: Mask, given: Mask, model: torch.nn.Module, config: Any) -> None:
+        """ValueError where the mask (`given`, completed) does not fit the model. Local."""
+        parameters, buffers = dict(model.named_parameters()), weights.buffers(model)
+        shapes, dtypes = weights.shapes(model), weights.engine_dtypes(model, config)
+        for name in mask.names:
+            if name in buffers:
+                if not mask.is_dense(name):
+                    raise ValueError(f"{name} is a buffer, which a ticket stores whole or not at all: name it in dense")
+            elif name not in shapes:
+                raise ValueError(f"the mask names {name}, which the model does not have" + did_you_mean(name, shapes))
+            elif mask.active(name) and not parameters[name].requires_grad:
+                raise ValueError(
+                    f"the mask trains {name}, but its requires_grad is False; set it to True or leave the tensor "
+                    "out of the mask"
+                )
+            if name in given.names:
+                is_buffer = name in buffers
+                shape = tuple(buffers[name].shape) if is_buffer else shapes[name]
+                given.check_base(name, shape, str(buffers[name].dtype) if is_buffer else dtype_name(dtypes[name]), None)
+
+    def _stored_buffers(self) -> StoredBuffers:
+        assert self._buffers is not None
+        return self._buffers
 
     def _agreed_shard_group_size(self) -> int:
         """Collective: nodes may have different numbers of ranks, and scripts may say different things."""
@@ -119,22 +138,20 @@ class SparseRun(BlockRun):
         return size
 
     def build(self, optimizer: Any, engine: Any) -> SparseTraining:
-        tensor_groups = weights.trainable_groups(optimizer)
-        self._check_optimizer_holds(
-            (name for name in self.mask.names if self.mask.active(name)), optimizer, "the mask trains"
-        )
+        tensor_groups, mask = weights.trainable_groups(optimizer), self._whole_mask()
+        self._check_optimizer_holds(self._trained_names(), optimizer, "the mask trains")
         self._identify(engine.module, self._new)
-        assert self._buffers is not None
-        self._buffers.begin()
-        identities = self.base | self._buffers.base
-        for name in self._given.names:
-            tensor = identities[name]
-            self._given.check_base(name, self._given.shape(name), tensor.dtype, tensor.fingerprint)
+        buffers, given = self._stored_buffers(), self._given
+        assert given is not None
+        buffers.begin()
+        identities = self.base | buffers.base
+        for name in given.names:
+            given.check_base(name, given.shape(name), identities[name].dtype, identities[name].fingerprint)
         self._kernels = backend_name(tensor_groups[0].weights.device)
         self._decide_reduction(optimizer, engine, tensor_groups[0].weights.device)
         self.core = SparseTraining(
             tensor_groups,
-            self.mask,
+            mask,
             choose_update(optimizer.optimizer, tensor_groups[0].weights.device),
             groups=self.groups.reduction,
             device=self.device,
@@ -143,11 +160,22 @@ class SparseRun(BlockRun):
             reduces_whole=self._gradient_reduction == "dense",
             wire=communication_dtype(engine),
         )
-        self.core.extra = self._buffers.vectors
+        self.core.extra = buffers.vectors
+        self._given = None
+        if dist.get_rank() > 0:
+            self._mask = None
         return self.core
 
+    def _whole_mask(self) -> Mask:
+        assert self._mask is not None
+        return self._mask
+
+    def _trained_names(self) -> list[str]:
+        return [name for name in self.outline.names if self.outline.active(name)]
+
     def _identity(self) -> dict[str, Any]:
-        mask = {"digest": self.mask.digest, "num_active": self.mask.num_active, "eligible": self.mask.eligible}
+        outline = self.outline
+        mask = {"digest": outline.digest, "num_active": outline.num_active, "eligible": outline.eligible}
         return {
             "kind": "sparse training",
             "mask": mask,
@@ -162,10 +190,14 @@ class SparseRun(BlockRun):
         is_offloaded = weights_device.type != self.device.type
         layout = replace(self._plan_layout(optimizer, engine), offload_param=is_offloaded)
 
+        @cache
+        def counts() -> plan.MaskCounts:
+            return mask_counts(self._whole_mask(), layout.shard_size)
+
         def plan_of(kind: str) -> plan.MethodPlan:
             item_bytes = max(part.data.element_size() for part in weights.partitions(engine.module))
             model = plan.ModelShapes("", weights.shapes(engine.module), 0, item_bytes)
-            return plan.lota(model, layout, mask_counts(self.mask, layout.shard_size), reduction=kind)
+            return plan.lota(model, layout, counts(), reduction=kind)
 
         self._gradient_reduction, self._reduction_reason = plan.choose_reduction(
             plan_of,
@@ -192,15 +224,15 @@ class SparseRun(BlockRun):
         """What this rank holds and sent, in bytes, against dense ZeRO-3 AdamW with fp32 gradients; counts and steps."""
         training, reduction = self._training, self.groups.reduction
         shards = reduction.shard_size
-        trained = sum(self.mask.numel(name) for name in self.mask.names)
+        trained = self.outline.eligible
         within_groups = trained if shards > 1 else 0
         across_groups = -(-trained // shards) if shards < reduction.world_size else 0
         local = [state.layout.local_active for state in training.states]
         return {
-            "num_active": self.mask.num_active,
-            "eligible": self.mask.eligible,
-            "density": self.mask.density,
-            "num_dense": sum(self.mask.active(name) for name in self.mask.names if self.mask.is_dense(name)),
+            "num_active": self.outline.num_active,
+            "eligible": self.outline.eligible,
+            "density": self.outline.density,
+            "num_dense": self.outline.num_dense,
             "num_active_this_rank": sum(local),
             "num_active_fullest_rank": max(
                 sum(state.layout.active_of_rank(rank) for state in training.states) for rank in range(shards)
@@ -261,15 +293,16 @@ class SparseRun(BlockRun):
                 "copies of the weights in different shard groups are no longer equal: something wrote into trained "
                 "weights on some ranks only. The ticket was not written."
             )
-        assert self._buffers is not None
-        self._buffers.check_unmoved(reduction.world, self.device)
-        mask = self.mask.with_base({name: self.base[name] for name in self.mask.names})
+        buffers = self._stored_buffers()
+        buffers.check_unmoved(reduction.world, self.device)
+        base = {name: self.base[name] for name in self.outline.names}
         return deliver(
             training,
-            self._buffers.add_to(mask),
+            self.outline.with_base(base),
+            buffers.add_to(self._whole_mask().with_base(base)) if dist.get_rank() == 0 else None,
             path,
             provenance,
-            stored=self._buffers.values(),
+            stored=buffers.values(),
             model=model_facts(self.engine.module) if self._new else None,
             dtype=dtype,
             overwrite=overwrite,

@@ -7,22 +7,26 @@ needs for undoing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from lota.kernels import TileIndex, gather, padded_zeros
-from lota.zero.layout import Layout, Slot, build_layout, owned_range, owner_counts
+from lota.kernels import CHUNK, TileIndex, gather, padded_zeros
+from lota.zero.layout import Layout, Slot, build_layout, owned_range, owner_bounds
+from lota.zero.survey import Chunks, survey
 
 
 class CompactState:
     """Index, masters, moments and gradient of the tensors `names`, whose pieces stand in `weights` one after another.
 
     weights: flat `[layout.local_numel]` buffer of this rank's padded pieces, in the model's dtype; never copied.
-    positions(name): int64 ascending flat indices of a tensor's active entries (the whole tensor's).
+    chunks(name): a tensor's active entries (the whole tensor's); read twice here, and not kept.
     index_device: where gradients appear; it holds the index of all the group's entries, with which they are gathered
     before they are reduced; None where only this rank's share is needed, because whole gradients are reduced.
+
+    Beside what is held, building takes a chunk of positions: a first pass counts and finds how wide the offsets are, a
+    second one writes them.
     """
 
     def __init__(
@@ -30,14 +34,16 @@ class CompactState:
         names: Sequence[str],
         numels: Sequence[int],
         weights: Tensor,
-        positions: Callable[[str], Tensor],
+        chunks: Chunks,
         rank: int,
         size: int,
         index_device: torch.device | None,
     ) -> None:
-        self.weights, self._positions = weights, positions
-        counts = [owner_counts(positions(name), numel, size) for name, numel in zip(names, numels, strict=True)]
-        self.layout: Layout = build_layout(list(zip(names, numels, counts, strict=True)), rank)
+        self.weights = weights
+        tensors = list(zip(names, numels, strict=True))
+        found = survey(tensors, chunks, size, [rank])
+        counted = zip(tensors, found.counts, strict=True)
+        self.layout: Layout = build_layout([(*tensor, counts) for tensor, counts in counted], rank)
         if self.layout.local_numel != weights.numel():
             raise ValueError(
                 f"the group's pieces hold {self.layout.local_numel} elements, its buffer {weights.numel()}"
@@ -45,28 +51,49 @@ class CompactState:
         layout = self.layout
         self.full_index: TileIndex | None = None
         if index_device is not None:
-            pieces = (positions(slot.name) + slot.full_origin for slot in layout.slots)
-            self.full_index = TileIndex.from_pieces(pieces, layout.full_active, layout.full_numel, index_device)
+            pieces = (chunk.add_(slot.full_origin) for slot in layout.slots for chunk in chunks(slot.name))
+            self.full_index = TileIndex.from_pieces(
+                pieces, layout.full_active, layout.full_numel, index_device, span=found.whole.largest
+            )
         if self.full_index is not None and size == 1 and index_device == weights.device:
             self.local_index = self.full_index
         else:
-            local = (self._local_positions(slot).to(weights.device) for slot in layout.slots)
-            self.local_index = TileIndex.from_pieces(local, layout.local_active, layout.local_numel, weights.device)
+            local = (piece for slot in layout.slots for piece in self._local_positions(slot, chunks))
+            self.local_index = TileIndex.from_pieces(
+                local, layout.local_active, layout.local_numel, weights.device, span=found.own[rank].largest
+            )
         self.master = padded_zeros(self.local_index)
         gather(weights, self.local_index, out=self.master[: layout.local_active])
         self.gradient = padded_zeros(self.local_index)
         self.moments: dict[str, Tensor] = {}
-        self.base_values = gather(weights, self.local_index, out=weights.new_empty(layout.local_active)).cpu()
+        self.base_values = torch.empty(layout.local_active, dtype=weights.dtype)
+        for start, stop in self.runs(0, layout.local_active):
+            self.base_values[start:stop].copy_(self.values(start, stop))
 
-    def _local_positions(self, slot: Slot) -> Tensor:
-        """Positions in this rank's flat buffer of the slot's entries that it owns."""
-        before, count = sum(slot.counts[: self.layout.rank]), slot.counts[self.layout.rank]
-        start, _ = owned_range(slot.numel, self.layout.size, self.layout.rank)
-        if self.full_index is None:
-            return self._positions(slot.name)[before : before + count] + (slot.local_origin - start)
-        first = slot.full_start + before
-        positions = self.full_index.positions(first, first + count)
-        return positions + (slot.local_origin - slot.full_origin - start)
+    def _local_positions(self, slot: Slot, chunks: Chunks) -> Iterator[Tensor]:
+        """Positions in this rank's flat buffer of the slot's entries that it owns, a chunk at a time."""
+        rank, size = self.layout.rank, self.layout.size
+        start, _ = owned_range(slot.numel, size, rank)
+        if self.full_index is not None:
+            first = slot.full_start + sum(slot.counts[:rank])
+            for chunk in self.full_index.chunks(first, first + slot.counts[rank]):
+                yield chunk.add_(slot.local_origin - slot.full_origin - start)
+            return
+        for chunk in chunks(slot.name):
+            bounds = owner_bounds(chunk, slot.numel, size)
+            if bounds[rank + 1] > bounds[rank]:
+                yield chunk[bounds[rank] : bounds[rank + 1]] + (slot.local_origin - start)
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The compact entries `start:stop` in runs that are short enough to be looked at together."""
+        for first in range(start, stop, CHUNK):
+            yield first, min(first + CHUNK, stop)
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """The weights' own bits at this rank's compact entries `start:stop`, on the weights' device."""
+        return gather(
+            self.weights, self.local_index, out=self.weights.new_empty(stop - start), start=start, stop=stop
+        )
 
     def add_moment(self, name: str) -> None:
         self.moments[name] = padded_zeros(self.local_index)

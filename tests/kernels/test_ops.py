@@ -168,6 +168,17 @@ def test_index_sliced_to_partitions(num_active, spread):
             index.slice(start, stop)
 
 
+@pytest.mark.parametrize("num_active", [0, 1, TILE, 3 * TILE + 9])
+def test_entries_before_positions(num_active):
+    """As many as are below it: before the first entry, at entries and between them, behind the last."""
+    numel = 7 * num_active + 5
+    positions = _positions(num_active, numel)
+    index = TileIndex.from_flat(positions, numel)
+    asked = torch.cat([torch.tensor([numel, 0]), torch.arange(0, numel, 13), positions[::5]])
+    assert torch.equal(index.entries_before(asked), torch.searchsorted(positions, asked))
+    assert index.entries_before(asked[:0]).numel() == 0
+
+
 def _guarded(tensor: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """A copy between two bands of a known pattern, and the whole buffer."""
     buffer = torch.full((tensor.numel() + 2 * GUARD,), -7.0, dtype=tensor.dtype, device=device)

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from lota.ticket.codec import BITMAP, ELIAS_FANO, EncodedIndex, choose, decode, encode, num_bytes
+from lota.ticket.codec import BITMAP, ELIAS_FANO, EncodedIndex, choose, decode, decode_chunks, encode, num_bytes
 
 EDGES = [1, 2, 7, 8, 9, 63, 64, 65, 1023, 1024, 1025, 4096]
 
@@ -83,6 +83,22 @@ def test_chunk_borders() -> None:
             assert torch.equal(decode(encode(positions, numel)), positions)
     mixed = torch.cat([torch.arange(300_000), torch.arange(300_000) * 1000 + 10**9])
     assert torch.equal(decode(encode(mixed, 2 * 10**9)), mixed)
+
+
+@pytest.mark.parametrize(
+    ("numel", "density", "num_chunks"),
+    [(0, 0.0, 0), (5000, 0.0, 0), (5000, 0.3, 1), (9_000_000, 0.3, 9), (30_000_000, 0.03, 2)],
+)
+def test_chunks_are_the_positions(numel: int, density: float, num_chunks: int) -> None:
+    """Both codecs; chunks do not end at whole bytes of low bits. One that is changed changes no other."""
+    positions = random_positions(numel, density)
+    found = []
+    for chunk in decode_chunks(encode(positions, numel)):
+        assert 0 < chunk.numel() <= 1 << 20
+        found.append(chunk.clone())
+        chunk.fill_(-1)
+    assert torch.equal(torch.cat([torch.empty(0, dtype=torch.int64), *found]), positions)
+    assert len(found) == num_chunks and not (num_chunks == 2 and found[0].numel() % 8 == 0)
 
 
 def test_the_smallest_code_is_chosen() -> None:

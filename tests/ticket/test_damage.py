@@ -233,6 +233,8 @@ def test_an_index_that_descends_is_refused_when_decoded(saved: Path) -> None:
     mask = Mask.load(saved)
     with pytest.raises(ValueError, match=r"/t: a: expected ascending positions.*make the mask again"):
         mask.indices("a")
+    with pytest.raises(ValueError, match=r"/t: a: expected ascending positions.*make the mask again"):
+        list(mask.chunks("a"))
 
 
 def test_another_writers_choices_are_read(saved: Path) -> None:
