@@ -142,6 +142,7 @@ def sparse_zero3(
     reduce_every: str = "micro_step",
     kernels: str = "auto",
     max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
+    rounding_seed: int | None = None,
 ) -> Iterator[SparseRun]:
     """Train only the active entries of `mask` with the training script inside the block; `run.save_ticket(path)`
     afterwards.
@@ -162,7 +163,9 @@ def sparse_zero3(
     once per step instead of once per micro step, for 4 bytes per active entry, unsharded, with `compact` only. kernels:
     `auto` takes Triton on GPUs and compiled C on CPUs where they can run, else plain torch; `triton` and `torch` force
     one; all give the same bits. Gradients are sent in fp32 unless the DeepSpeed configuration says
-    `communication_data_type: bf16`.
+    `communication_data_type: bf16`. rounding_seed: None rounds the fp32 masters into the weights to nearest even; a
+    seed rounds them into bf16 weights stochastically, by bits that depend on the seed, the step and the weight's place
+    in the model alone, whatever the ranks; with AdamW and RMSprop only.
     ValueError for what is wrong or unsupported, before training.
     """
     _check_choice("gradient_reduction", gradient_reduction, GRADIENT_REDUCTIONS)
@@ -180,6 +183,7 @@ def sparse_zero3(
         gradient_reduction=gradient_reduction,
         once_per_step=reduce_every == "step",
         max_skipped_steps=max_skipped_steps,
+        rounding_seed=rounding_seed,
     )
     del mask  # else this frame would keep its indices on every rank
     with using(kernels, run.device), _block(run):

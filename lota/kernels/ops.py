@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from lota.kernels import reference
 from lota.kernels.backend import backend
 from lota.kernels.index import TILE, TileIndex
 
@@ -91,11 +92,20 @@ def gather_add_(
     return accumulator
 
 
-def scatter_(target: Tensor, index: TileIndex, values: Tensor) -> Tensor:
-    """`target[position(k)] = values[k]`, cast to the target's dtype; all other elements keep their bits."""
+def scatter_(
+    target: Tensor, index: TileIndex, values: Tensor, *, rounding: Tensor | None = None, origin: int = 0
+) -> Tensor:
+    """`target[position(k)] = values[k]`, cast to the target's dtype; all other elements keep their bits.
+
+    rounding, origin: as in `adamw_`; rounded so, fp32 values run on plain torch on every backend, because only a
+    resumed run asks for it.
+    """
+    _check_rounding(rounding, origin, target)
     _check_dense("target", target, index)
     _check_compact("values", values, index.num_active, target)
-    if index.num_active:
+    if index.num_active and rounding is not None:
+        reference.scatter_rounded_(target, index, values, rounding, origin)
+    elif index.num_active:
         backend(target.device).scatter_(target, index, values)
     return target
 

@@ -67,6 +67,13 @@ def scatter_(target: Tensor, index: TileIndex, values: Tensor) -> None:
         target.index_copy_(0, index.positions(first, last), values[first:last].to(target.dtype))
 
 
+def scatter_rounded_(target: Tensor, index: TileIndex, values: Tensor, rounding: Tensor, origin: int) -> None:
+    for first, last in _chunks(0, index.num_active, index.base):
+        positions = index.positions(first, last)
+        rounded = to_bf16(values[first:last].float(), random_bits(rounding, positions + origin))
+        target.index_copy_(0, positions, rounded)
+
+
 def exchange_(target: Tensor, index: TileIndex, values: Tensor) -> None:
     for first, last in _chunks(0, index.num_active, index.base):
         positions = index.positions(first, last)

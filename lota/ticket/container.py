@@ -20,15 +20,17 @@ import torch
 from torch import Tensor
 
 DTYPE_CODES = {
+    torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
-    torch.uint8: "U8",
-    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint8: "U8",
     torch.bool: "BOOL",
 }
 _ITEM_BYTES = {code: dtype.itemsize for dtype, code in DTYPE_CODES.items()}
@@ -50,11 +52,12 @@ class StreamWriter:
 
     keys: every key that may be added, and max_bytes: bytes of data at most, so that room for the header is left in
     front; spaces fill what stays unused.
-    Callers keep the data aligned: an item of 2 or 4 bytes must begin at a multiple of its size.
+    Callers keep the data aligned: an item of 2, 4 or 8 bytes must begin at a multiple of its size.
     """
 
     def __init__(self, path: Path, keys: list[str], max_bytes: int) -> None:
-        widest = {key: {"dtype": "BF16", "shape": [max_bytes], "data_offsets": [max_bytes, max_bytes]} for key in keys}
+        longest = max(_ITEM_BYTES, key=len)
+        widest = {key: {"dtype": longest, "shape": [max_bytes], "data_offsets": [max_bytes, max_bytes]} for key in keys}
         self._header_bytes = -(-len(_header(widest)) // 8) * 8
         self._entries: dict[str, dict[str, Any]] = {}
         self.num_data_bytes = 0

@@ -28,7 +28,7 @@ from lota.ticket.container import DTYPE_CODES, StoredTensor, StreamWriter, read_
 from lota.zero.agreement import together
 
 MANIFEST_NAME = "checkpoint.json"
-FORMAT, VERSION = "lota-checkpoint", 1
+FORMAT, VERSION = "lota-checkpoint", 2
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
@@ -36,7 +36,7 @@ _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 class Vector:
     """This rank's entries `start : start + length` of a vector that the ranks of a shard group hold together.
 
-    get: the entries, 1-D. put: takes them back, in the same dtype.
+    get: the entries, 1-D, of `dtype`. put: takes them back, in the same dtype.
     """
 
     key: str
@@ -44,11 +44,12 @@ class Vector:
     length: int
     get: Callable[[], Tensor]
     put: Callable[[Tensor], Any]
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, key: str, start: int, view: Tensor) -> Vector:
         """Entries that lie in `view`."""
-        return cls(key, start, view.numel(), lambda: view, lambda values: view.copy_(values))
+        return cls(key, start, view.numel(), lambda: view, lambda values: view.copy_(values), view.dtype)
 
 
 def write(
@@ -156,14 +157,18 @@ def restore(stored: Stored, vectors: Sequence[Vector]) -> None:
 
 def _write_vectors(path: Path, vectors: Sequence[Vector]) -> dict[str, tuple[int, str]]:
     """Write one file; length and sha256 by key."""
+    for vector in vectors:
+        if vector.dtype not in DTYPE_CODES:
+            raise ValueError(f"{vector.key} is {vector.dtype}, which no checkpoint holds; use another optimizer")
+    # Wide items first keep all of them aligned.
+    vectors = sorted(vectors, key=lambda vector: -vector.dtype.itemsize)
     keys = [vector.key for vector in vectors]
-    file = StreamWriter(path, keys, sum(4 * vector.length for vector in vectors))
+    file = StreamWriter(path, keys, sum(vector.dtype.itemsize * vector.length for vector in vectors))
     try:
         written = {}
         for vector in vectors:
             values = vector.get()
-            if values.dtype not in DTYPE_CODES:
-                raise ValueError(f"{vector.key} is {values.dtype}, which no checkpoint holds; use another optimizer")
+            assert values.dtype == vector.dtype, vector.key
             written[vector.key] = (vector.length, file.add(vector.key, values))
         file.close()
     finally:

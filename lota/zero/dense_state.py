@@ -6,7 +6,7 @@ they do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
+from lota.zero import state_codec
+
 
 class DenseState:
     """Masters and moments of a stock ZeRO-3 engine: this rank's flat padded pieces. kind: "master" or a moment."""
@@ -27,10 +29,10 @@ class DenseState:
         self._optimizer = engine.optimizer
         self._parameters: dict[str, Any] = dict(engine.module.named_parameters())
 
-    def moment_names(self) -> tuple[str, ...]:
-        """State of the optimizer that has an element for every weight."""
-        flat, state = self._states()[0]
-        return tuple(key for key, value in state.items() if _is_like(value, flat))
+    def moment_dtypes(self) -> dict[str, torch.dtype]:
+        """State of the optimizer that has an element for every weight, by name."""
+        _, flat, state = next(self._states())
+        return {key: values.dtype for key, values in state_codec.split(state, flat)[1].items()}
 
     def get(self, name: str, kind: str) -> Tensor:
         param = self._parameters[name]
@@ -52,24 +54,18 @@ class DenseState:
             safe_set_local_optimizer_state(self._parameters[name], piece, kind)
 
     def numbers(self) -> dict[str, Any]:
-        """What the optimizer remembers besides (its step count), the same for all pieces."""
-        flat, state = self._states()[0]
-        rest = {key: value for key, value in state.items() if not _is_like(value, flat)}
-        return {key: {"tensor": value.item()} if torch.is_tensor(value) else value for key, value in rest.items()}
+        """What the optimizer remembers besides (its step count), by parameter group: the same for all pieces of one."""
+        return {str(group): state_codec.split(state, flat)[0] for group, flat, state in self._states()}
 
-    def make_state(self, moment_names: Iterable[str], numbers: Mapping[str, Any]) -> None:
-        """State with these moments, to be filled by `put`, and these numbers; a fresh optimizer has none."""
-        for flat, state in self._states():
-            for key in moment_names:
-                state[key] = torch.zeros_like(flat)
-            for key, value in numbers.items():
-                state[key] = torch.tensor(value["tensor"]) if isinstance(value, dict) else value
+    def make_state(self, numbers: Mapping[str, Any]) -> None:
+        """State as `numbers` describes it, with moments to be filled by `put`; a fresh optimizer has none."""
+        for group, flat, state in self._states():
+            on_own = state_codec.wants_own_device(self._optimizer.optimizer.param_groups[group])
+            state.clear()
+            state.update(state_codec.join(numbers[str(group)], flat, all_on_own=on_own))
 
-    def _states(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        """Flat masters of every sub-group, and the torch optimizer's state of them."""
+    def _states(self) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+        """Parameter group and flat masters of every sub-group, and the torch optimizer's state of them."""
         state = self._optimizer.optimizer.state
-        return [(flat, state[flat]) for flat in self._optimizer.fp32_partitioned_groups_flat]
-
-
-def _is_like(value: Any, flat: Tensor) -> bool:
-    return torch.is_tensor(value) and value.numel() == flat.numel()
+        for number, flat in enumerate(self._optimizer.fp32_partitioned_groups_flat):
+            yield self._optimizer.sub_group_to_group_id[number], flat, state[flat]

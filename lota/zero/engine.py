@@ -346,6 +346,8 @@ class CompactOptimizer(DenseOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         if closure is not None:
             raise ValueError("step does not take a closure")
+        # torch's schedulers wrap the optimizer's own step to see that it comes before theirs; this is that step.
+        self.optimizer._opt_called = True
         self._pre_step()
         self._partition_all_parameters()
         self._global_grad_norm, skip = self.lota_step()
@@ -433,9 +435,10 @@ class SparseOptimizer(CompactOptimizer):
         state, slot = self.core.slot(self.param_names[param])
         if optim_state_key is None:
             return state.dense_piece(slot, state.master, fill=state.slot_weights(slot).clone())
-        if optim_state_key not in state.moments:
-            raise ValueError(f"no optimizer state {optim_state_key!r}; there is {', '.join(state.moments) or 'none'}")
-        return state.dense_piece(slot, state.moments[optim_state_key])
+        moments = self.core.update.moments(state)
+        if optim_state_key not in moments:
+            raise ValueError(f"no optimizer state {optim_state_key!r}; there is {', '.join(moments) or 'none'}")
+        return state.dense_piece(slot, moments[optim_state_key])
 
     def get_full_hp_param(self, param: Any, optim_state_key: str | None = None) -> Tensor | None:
         piece = self.get_local_fp32_param(param, optim_state_key)

@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lota.folder import write_text
-from lota.zero import checkpoint
+from lota.zero import checkpoint, state_codec
 from lota.zero.agreement import together
 from lota.zero.checkpoint import Vector
 
@@ -28,7 +26,7 @@ class Resumable(Protocol):
         ...
 
     def numbers(self) -> dict[str, Any]:
-        """What is not a vector, as JSON."""
+        """What is not a vector, as JSON, the same on every rank."""
         ...
 
     def vectors(self) -> list[Vector]:
@@ -60,12 +58,13 @@ def save(
             raise ValueError(
                 "save_checkpoint between backward and step: a checkpoint holds no gradients; call engine.step() first"
             )
-        facts = {"identity": dict(identity), "progress": _progress(engine), "client_state": _plain(dict(client_state))}
-        own, vectors = core.numbers(), core.vectors()
-    numbers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(numbers, own)
-    # A rank without entries of its own may know less; what several know is equal.
-    facts["numbers"] = max(numbers, key=lambda entry: len(json.dumps(entry)))
+        facts = {
+            "identity": dict(identity),
+            "progress": _progress(engine),
+            "client_state": state_codec.encode(dict(client_state), "the client state"),
+            "numbers": core.numbers(),
+        }
+        vectors = core.vectors()
     checkpoint.write(folder, vectors, facts, file_number=file_number, num_files=num_files)
 
 
@@ -89,7 +88,8 @@ def load(
     checkpoint.restore(stored, vectors)
     core.restored(numbers)
     _restore_progress(engine, progress, load_lr_scheduler_states)
-    return stored.facts["client_state"]
+    client_state: dict[str, Any] = state_codec.decode(stored.facts["client_state"])
+    return client_state
 
 
 def check_same(found: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:
@@ -134,12 +134,9 @@ def _progress(engine: Any) -> dict[str, Any]:
     scheduler = engine.lr_scheduler
     return {
         "counters": {name: int(getattr(engine, name)) for name in COUNTERS},
-        "param_groups": [
-            {key: _plain(value) for key, value in group.items() if key != "params"}
-            for group in engine.optimizer.param_groups
-        ],
+        "param_groups": [state_codec.encode_group(group) for group in engine.optimizer.param_groups],
         "loss_scaler": _numbers_of(engine.optimizer.loss_scaler),
-        "lr_scheduler": None if scheduler is None else _plain(scheduler.state_dict()),
+        "lr_scheduler": None if scheduler is None else state_codec.encode(scheduler.state_dict(), "the scheduler"),
     }
 
 
@@ -149,38 +146,15 @@ def _restore_progress(engine: Any, progress: Mapping[str, Any], load_lr_schedule
     # DeepSpeed counts the micro steps of a step from here: other ranks may take other numbers of them.
     engine.micro_steps -= engine.micro_steps % engine.gradient_accumulation_steps()
     for group, saved in zip(engine.optimizer.param_groups, progress["param_groups"], strict=True):
-        for key, value in saved.items():
-            current = group.get(key)
-            if isinstance(current, Tensor):
-                current.fill_(value)
-            else:
-                group[key] = tuple(value) if isinstance(current, tuple) else value
+        state_codec.restore_group(group, saved, engine.device)
     for name, value in progress["loss_scaler"].items():
         setattr(engine.optimizer.loss_scaler, name, value)
     if load_lr_scheduler_states and engine.lr_scheduler is not None and progress["lr_scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(progress["lr_scheduler"])
+        engine.lr_scheduler.load_state_dict(state_codec.decode(progress["lr_scheduler"], engine.device))
 
 
 def _numbers_of(thing: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(thing).items() if isinstance(value, (bool, int, float))}
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON will give it back; ValueError where JSON cannot hold it."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.item()
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, torch.dtype):
-        return str(value)
-    raise ValueError(
-        f"a checkpoint keeps numbers, text, lists and dicts, got {type(value).__name__} ({value!r:.80}) in the state "
-        "of the optimizer's groups, the scheduler or the client: leave it out or turn it into those"
-    )
 
 
 def _short(value: Any) -> str:

@@ -133,6 +133,8 @@ class BlockRun:
         client_state = resume.load(
             engine, self.core, self._identity(), folder, load_lr_scheduler_states=load_lr_scheduler_states
         )
+        # The weights were written on the default stream; DeepSpeed gathers them on streams of its own.
+        get_accelerator().synchronize()
         self._last_saved = None
         return str(folder), client_state
 

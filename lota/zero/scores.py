@@ -8,7 +8,7 @@ hash.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,12 +38,12 @@ class Piece:
 class DenseOptimizer(Protocol):
     """fp32 state of a dense ZeRO-3 run by tensor name: this rank's flat padded pieces. kind: "master" or a moment."""
 
-    def moment_names(self) -> tuple[str, ...]: ...
+    def moment_dtypes(self) -> dict[str, torch.dtype]: ...
     def get(self, name: str, kind: str) -> Tensor: ...
     def gradient(self, name: str) -> Tensor | None: ...
     def put(self, name: str, kind: str, values: Tensor) -> None: ...
     def numbers(self) -> dict[str, Any]: ...
-    def make_state(self, moment_names: Iterable[str], numbers: Mapping[str, Any]) -> None: ...
+    def make_state(self, numbers: Mapping[str, Any]) -> None: ...
 
 
 class TaskVectorScores:
@@ -87,10 +87,15 @@ class TaskVectorScores:
         return {"optimizer": self._dense.numbers()}
 
     def vectors(self) -> list[Vector]:
-        kinds = ("master", *self._dense.moment_names())
-        return [self._vector(piece, kind) for piece in self._pieces if piece.weights.numel() for kind in kinds]
+        kinds = {"master": torch.float32} | self._dense.moment_dtypes()
+        return [
+            self._vector(piece, kind, dtype)
+            for piece in self._pieces
+            if piece.weights.numel()
+            for kind, dtype in kinds.items()
+        ]
 
-    def _vector(self, piece: Piece, kind: str) -> Vector:
+    def _vector(self, piece: Piece, kind: str, dtype: torch.dtype) -> Vector:
         count = piece.weights.numel()
         return Vector(
             f"{piece.name}.{kind}",
@@ -98,10 +103,11 @@ class TaskVectorScores:
             count,
             lambda: self._dense.get(piece.name, kind)[:count],
             lambda values: self._dense.put(piece.name, kind, values),
+            dtype,
         )
 
     def prepare_restore(self, numbers: Mapping[str, Any], keys: set[str]) -> None:
-        self._dense.make_state({key.rpartition(".")[2] for key in keys} - {"master"}, numbers["optimizer"])
+        self._dense.make_state(numbers["optimizer"])
 
     def restored(self, numbers: Mapping[str, Any]) -> None:
         for piece in self._pieces:

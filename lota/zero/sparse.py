@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lota.kernels import gather, gather_add_, scatter_, squared_norm
+from lota.kernels import gather, gather_add_, squared_norm
 from lota.ticket import Mask
 from lota.zero.checkpoint import Vector
-from lota.zero.layout import Slot
+from lota.zero.layout import Slot, owned_range, partition_numel
 from lota.zero.reduction import GradientReducer, ReductionGroups
 from lota.zero.state import CompactState
 from lota.zero.update import Update
@@ -60,12 +60,18 @@ class SparseTraining:
         assert not (once_per_step and reduces_whole)
         self.update, self.groups, self.device = update, groups, device
         self.tensor_groups, self._once_per_step = tuple(tensor_groups), once_per_step
+        origins: dict[str, int] = {}
+        if update.rounding_seed is not None:
+            self.tensor_groups = _one_by_one(self.tensor_groups, groups.shard_size)
+            origins = _origins(mask, groups.shard_rank, groups.shard_size)
         place_of_index = None if reduces_whole else device
         self.states = [
             CompactState(
-                g.names, g.numels, g.weights, mask.chunks, groups.shard_rank, groups.shard_size, place_of_index
+                *(g.names, g.numels, g.weights, mask.chunks, groups.shard_rank, groups.shard_size, place_of_index),
+                group=g.settings,
+                origin=origins.get(g.names[0], 0),
             )
-            for g in tensor_groups
+            for g in self.tensor_groups
         ]
         for state in self.states:
             for name in update.moment_names:
@@ -181,9 +187,9 @@ class SparseTraining:
         scale = torch.full_like(norm, 1.0 / loss_scale)
         if clip > 0:
             scale = scale * (clip / (norm + 1e-6)).clamp(max=1.0)
-        for group, state in zip(self.tensor_groups, self.states, strict=True):
-            where = state.master.device
-            self.update(state, settings[group.settings], scale.float().to(where), skip.to(where))
+        where = self.states[0].master.device  # one for all: the accelerator, or the host that weights are offloaded to
+        self.update.step(self.states, settings, scale.float().to(where), skip.to(where))
+        for state in self.states:
             state.gradient.zero_()
         self._has_gradients = False
         self.num_steps += 1
@@ -231,7 +237,7 @@ class SparseTraining:
 
     def numbers(self) -> dict[str, Any]:
         """Counts that a checkpoint keeps, and what the update keeps beside its moments."""
-        update = next((self.update.numbers(state) for state in self.states if state.layout.local_active), {})
+        update = self.update.numbers(self.states)
         return {"steps": self.num_steps, "skipped": self.num_skipped(), "update": update}
 
     def vectors(self) -> list[Vector]:
@@ -246,14 +252,11 @@ class SparseTraining:
         return vectors + self.extra()
 
     def prepare_restore(self, numbers: Mapping[str, Any], keys: set[str]) -> None:
-        names = {key.rpartition(".")[2] for key in keys} - {"master", "buffer"}
-        for state in self.states:
-            self.update.prepare_restore(state, names, numbers["update"])
+        self.update.prepare_restore(self.states, numbers["update"])
 
     def restored(self, numbers: Mapping[str, Any]) -> None:
         """The weights follow the masters, as after a step."""
-        for state in self.states:
-            scatter_(state.weights, state.local_index, state.master)
+        self.update.write_weights(self.states)
         self.num_steps = numbers["steps"]
         self._num_skipped.fill_(numbers["skipped"])
 
@@ -274,3 +277,25 @@ class SparseTraining:
                 total[kind] = total.get(kind, 0) + size
         total["moments"] += self.update.nbytes()
         return total
+
+
+def _one_by_one(tensor_groups: Sequence[TensorGroup], size: int) -> tuple[TensorGroup, ...]:
+    """Every tensor as a group of its own. A kernel counts the places of stochastic rounding from one origin, and the
+    pieces that stand one after another in a buffer have one each."""
+    single = []
+    for group in tensor_groups:
+        pieces = group.weights.split([partition_numel(numel, size) for numel in group.numels])
+        for name, numel, piece in zip(group.names, group.numels, pieces, strict=True):
+            single.append(TensorGroup((name,), (numel,), piece, group.settings))
+    return tuple(single)
+
+
+def _origins(mask: Mask, rank: int, size: int) -> dict[str, int]:
+    """Where the rank's piece of each tensor begins in the concatenation of all tensors that train, in the mask's order,
+    as `lota.optim` counts them."""
+    origins, total = {}, 0
+    for name in mask.names:
+        if mask.active(name):
+            origins[name] = total + owned_range(mask.numel(name), size, rank)[0]
+            total += mask.numel(name)
+    return origins

@@ -56,6 +56,7 @@ class SparseRun(BlockRun):
         once_per_step: bool,
         dense: Sequence[str] | None = None,
         max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
+        rounding_seed: int | None = None,
     ) -> None:
         super().__init__(max_skipped_steps)
         self._given: Mask | None = mask
@@ -63,6 +64,7 @@ class SparseRun(BlockRun):
         self._buffers: StoredBuffers | None = None
         self.outline = MaskOutline(mask)
         self._mask: Mask | None = mask
+        self._rounding_seed = check_rounding_seed(rounding_seed)
         self._shard_group_size, self._once_per_step = shard_group_size, once_per_step
         self._gradient_reduction, self._reduction_reason = gradient_reduction, "as asked"
         self._kernels = ""
@@ -109,6 +111,11 @@ class SparseRun(BlockRun):
                     raise ValueError(f"{name} is a buffer, which a ticket stores whole or not at all: name it in dense")
             elif name not in shapes:
                 raise ValueError(f"the mask names {name}, which the model does not have" + did_you_mean(name, shapes))
+            elif self._rounding_seed is not None and mask.active(name) and dtypes[name] != torch.bfloat16:
+                raise ValueError(
+                    f"rounding_seed={self._rounding_seed} rounds bf16 weights stochastically, but {name} is "
+                    f"{dtype_name(dtypes[name])}: load the model in bf16, or leave rounding_seed out"
+                )
             elif mask.active(name) and not parameters[name].requires_grad:
                 raise ValueError(
                     f"the mask trains {name}, but its requires_grad is False; set it to True or leave the tensor "
@@ -139,6 +146,7 @@ class SparseRun(BlockRun):
 
     def build(self, optimizer: Any, engine: Any) -> SparseTraining:
         tensor_groups, mask = weights.trainable_groups(optimizer), self._whole_mask()
+        update = choose_update(optimizer.optimizer, tensor_groups[0].weights.device, self._rounding_seed)
         self._check_optimizer_holds(self._trained_names(), optimizer, "the mask trains")
         self._identify(engine.module, self._new)
         buffers, given = self._stored_buffers(), self._given
@@ -152,7 +160,7 @@ class SparseRun(BlockRun):
         self.core = SparseTraining(
             tensor_groups,
             mask,
-            choose_update(optimizer.optimizer, tensor_groups[0].weights.device),
+            update,
             groups=self.groups.reduction,
             device=self.device,
             bucket_numel=min(int(optimizer.reduce_bucket_size), BUCKET_NUMEL),
@@ -180,6 +188,7 @@ class SparseRun(BlockRun):
             "kind": "sparse training",
             "mask": mask,
             "optimizer": self._training.update.name,
+            "rounding_seed": self._rounding_seed,
             **super()._identity(),
         }
 
@@ -238,6 +247,7 @@ class SparseRun(BlockRun):
                 sum(state.layout.active_of_rank(rank) for state in training.states) for rank in range(shards)
             ),
             "update": training.update.name,
+            "rounding_seed": self._rounding_seed,
             "gradient_reduction": self._gradient_reduction,
             "gradient_reduction_reason": self._reduction_reason,
             "communication_dtype": dtype_name(training.wire),
@@ -308,6 +318,13 @@ class SparseRun(BlockRun):
             overwrite=overwrite,
             device=self.device,
         )
+
+
+def check_rounding_seed(seed: Any) -> int | None:
+    """ValueError for anything but None or a seed of stochastic rounding."""
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 63):
+        raise ValueError(f"rounding_seed must be an integer in [0, 2**63), or None to round to nearest, got {seed!r}")
+    return seed
 
 
 def smallest_memory(device: torch.device) -> int | None:

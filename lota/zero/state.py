@@ -24,6 +24,8 @@ class CompactState:
     chunks(name): a tensor's active entries (the whole tensor's); read twice here, and not kept.
     index_device: where gradients appear; it holds the index of all the group's entries, with which they are gathered
     before they are reduced; None where only this rank's share is needed, because whole gradients are reduced.
+    group: position of the tensors' parameter group in the caller's optimizer. origin: where `weights` begins in the
+    space in which stochastic rounding counts places.
 
     Beside what is held, building takes a chunk of positions: a first pass counts and finds how wide the offsets are, a
     second one writes them.
@@ -38,8 +40,11 @@ class CompactState:
         rank: int,
         size: int,
         index_device: torch.device | None,
+        *,
+        group: int = 0,
+        origin: int = 0,
     ) -> None:
-        self.weights = weights
+        self.weights, self.group, self.origin = weights, group, origin
         tensors = list(zip(names, numels, strict=True))
         found = survey(tensors, chunks, size, [rank])
         counted = zip(tensors, found.counts, strict=True)
@@ -107,9 +112,9 @@ class CompactState:
         return slice(slot.local_start, slot.local_start + slot.counts[self.layout.rank])
 
     def dense_piece(self, slot: Slot, values: Tensor, fill: Tensor | None = None) -> Tensor:
-        """This rank's padded fp32 piece of a tensor with compact `values` at its active entries and `fill`
-        elsewhere."""
-        piece = torch.zeros(slot.partition_numel, device=values.device) if fill is None else fill.float()
+        """This rank's padded piece of a tensor, in the dtype of `values`: compact `values` at its active entries and
+        `fill` elsewhere."""
+        piece = values.new_zeros(slot.partition_numel) if fill is None else fill.to(values.dtype)
         entries = self.entries(slot)
         positions = self.local_index.positions(entries.start, entries.stop) - slot.local_origin
         return piece.index_copy_(0, positions, values[entries])
