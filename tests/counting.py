@@ -20,6 +20,8 @@ _COLLECTIVES = {
     "reduce_scatter_": ("reduce_scatter", 1),
     "alltoall_base_": ("all_to_all", 1),
     "broadcast_": ("broadcast", 0),
+    "send": ("send", 0),
+    "recv_": ("receive", 0),
 }
 _SILENT = {"barrier", "monitored_barrier_"}
 
@@ -75,8 +77,9 @@ class Peak(LiveTensors):
         self._at_most = self.most = self.nbytes()
 
 
-class Traffic(LiveTensors):
-    """Live tensors, their peak at collectives, and the bytes of the buffers that collectives moved, by kind."""
+class Traffic(Peak):
+    """Live tensors, their peak at any operation (`most`) and at collectives, where activations weigh least (`peak`),
+    and the bytes of the buffers that collectives moved, by kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,6 +103,7 @@ class Traffic(LiveTensors):
         self.peak = max(self.peak, self.nbytes())
 
     def restart(self) -> None:
+        super().restart()
         self.payload.clear()
         self.peak = 0
 

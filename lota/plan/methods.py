@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lota.kernels import TILE
+from lota.plan import moments
 from lota.plan.counts import LoraSettings, MaskCounts, excess_percent
 from lota.plan.layout import Layout, Transfer
 from lota.plan.model import ModelShapes
+from lota.plan.moments import Moment
 
 FINGERPRINT_TABLE = 8 << 16
 MOST_BUCKET = 1 << 22
 SUB_GROUP = 1_000_000_000
+ENCODED_MASK = "encoded mask, rank 0"
 TENSOR_RECORD = 600
 """Bytes of names and checksums that a tensor adds to a ticket, about."""
 _ADAMW = 12
@@ -22,9 +25,9 @@ _ON_THEIR_WAY = 3
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """What one rank holds and sends. device: between steps; work: what backward adds; step: what the step adds.
-
-    eligible, active: entries that could be and that are trained.
+    """What one rank holds and sends. device, host: between steps, in the accelerator's and in host memory, of rank 0,
+    which alone keeps the mask's indices and gathers the ticket. work: what backward adds; step: what the update adds;
+    moments: what others add, by name ("build", "checkpoint", ...). trained: entries that are.
     """
 
     name: str
@@ -36,6 +39,7 @@ class MethodPlan:
     checkpoint: int
     product: int
     trained: int
+    moments: Mapping[str, Moment] = field(default_factory=dict)
     uneven: int = 0
     note: str = ""
 
@@ -45,9 +49,33 @@ class MethodPlan:
         return sum(self.device.values())
 
     @property
+    def at_moments(self) -> dict[str, Moment]:
+        """What every moment adds, "step" among them: backward, or the update where that takes more."""
+        return {"step": Moment(max(sum(self.work.values()), self.step)), **self.moments}
+
+    @property
+    def peak_moment(self) -> str:
+        """When the device holds most."""
+        return max(self.at_moments, key=lambda name: self.at_moments[name].device)
+
+    @property
     def peak(self) -> int:
-        """The most on the device besides activations: in backward or in the step, on an uneven mask's fullest rank."""
-        return self.held + self.uneven + max(sum(self.work.values()), self.step)
+        """The most on the device besides activations, at whatever moment, on an uneven mask's fullest rank."""
+        return self.held + self.uneven + self.at_moments[self.peak_moment].device
+
+    @property
+    def host_held(self) -> int:
+        """Bytes in host memory between steps."""
+        return sum(self.host.values())
+
+    @property
+    def host_peak_moment(self) -> str:
+        return max(self.at_moments, key=lambda name: self.at_moments[name].host)
+
+    @property
+    def host_peak(self) -> int:
+        """The most in host memory."""
+        return self.host_held + self.at_moments[self.host_peak_moment].host
 
     def sent(self, layout: Layout) -> tuple[int, int]:
         """Bytes a rank sends per step inside its node, and over the network."""
@@ -84,7 +112,8 @@ def calibration(model: ModelShapes, layout: Layout, eligible: Sequence[str], sco
     if score == "task_vector":
         plan = _dense(name, model, layout, eligible)
         host = {**plan.host, "base values": model.item_bytes * pieces, "fingerprints": FINGERPRINT_TABLE}
-        return replace(plan, host=host, checkpoint=_ADAMW * numel)
+        at = _calibration_moments(model, layout, eligible, score, has_state=True, base_values=host["base values"])
+        return replace(plan, host=host, checkpoint=_ADAMW * numel, moments=at)
     device = _weights(model, layout, layout.ranks)
     work = _at_work(model, layout, layout.ranks > 1, eligible)
     step = 0
@@ -95,11 +124,29 @@ def calibration(model: ModelShapes, layout: Layout, eligible: Sequence[str], sco
             device["gradients"] = 4 * pieces
         bucket = min(_bucket(model, layout, MOST_BUCKET), numel)
         work["reduction buffers"] = _buffers(bucket, bucket if layout.ranks > 1 else 0, layout)
-        step = 4 * min(pieces, MOST_BUCKET)
+        step = 8 * min(pieces, MOST_BUCKET)  # squares in float64
         payload = layout.communication_bytes * numel * layout.gradient_accumulation_steps
         transfers.append(Transfer("gradients", "all_to_all", payload, layout.world()))
     checkpoint = device.get("scores", 0) and 4 * numel
-    return MethodPlan(name, device, {"fingerprints": FINGERPRINT_TABLE}, work, step, transfers, checkpoint, 0, numel)
+    at = _calibration_moments(model, layout, eligible, score, has_state=bool(checkpoint))
+    host = {"fingerprints": FINGERPRINT_TABLE}
+    return MethodPlan(name, device, host, work, step, transfers, checkpoint, 0, numel, at)
+
+
+def _calibration_moments(
+    model: ModelShapes,
+    layout: Layout,
+    eligible: Sequence[str],
+    score: str,
+    *,
+    has_state: bool,
+    base_values: int = 0,
+) -> dict[str, Moment]:
+    at = {"build": moments.build(model, layout.ranks, eligible, base_values=base_values)}
+    if has_state:
+        own = model.largest_piece(layout.ranks, eligible)
+        at |= {"checkpoint": moments.checkpoint(own), "resume": moments.resume(own)}
+    return at | {"selection": moments.selection(model, layout.ranks, eligible, score)}
 
 
 def lota(
@@ -123,7 +170,7 @@ def lota(
     if reduction == "dense" or size > 1 or layout.offload_param:
         device["index, own share"] = share
     device |= {"masters": 4 * padded, "moments": 8 * padded, "gradients": 4 * padded}
-    host = {"base values": model.item_bytes * spread.local, "encoded mask": mask.encoded()}
+    host = {"base values": model.item_bytes * spread.local, ENCODED_MASK: mask.encoded()}
     host["fingerprints"] = FINGERPRINT_TABLE
     if layout.offload_param:
         moved = [kind for kind in device if kind not in ("index, whole", "gathered, kept")]
@@ -162,9 +209,34 @@ def lota(
         _ADAMW * spread.active,
         ticket,
         spread.active,
+        _lota_moments(model, layout, mask, names, device),
         uneven,
         f"gradient_reduction {reduction}",
     )
+
+
+def _lota_moments(
+    model: ModelShapes, layout: Layout, mask: MaskCounts, names: Sequence[str], device: Mapping[str, int]
+) -> dict[str, Moment]:
+    size, spread = layout.shard_size, mask.spread
+    own = -(-max(spread.counts.values(), default=0) // size)
+    own = own * (100 + excess_percent(size)) // 100 if mask.is_even else -(-spread.received // size)
+    build = moments.build(
+        model,
+        size,
+        names,
+        is_regrouped=size < layout.ranks,
+        chunk=moments.chunk_of(spread.counts),
+        index=sum(held for kind, held in device.items() if kind.startswith("index")),
+        state=sum(device.get(kind, 0) for kind in ("masters", "moments", "gradients")),
+        base_values=model.item_bytes * spread.local,
+    )
+    return {
+        "build": build,
+        "checkpoint": moments.checkpoint(own),
+        "resume": moments.resume(own),
+        "ticket": moments.ticket(model, mask, size, own),
+    }
 
 
 def _dense(name: str, model: ModelShapes, layout: Layout, trained: Sequence[str]) -> MethodPlan:
@@ -184,7 +256,9 @@ def _dense(name: str, model: ModelShapes, layout: Layout, trained: Sequence[str]
     transfers.append(Transfer("gradients", "reduce_scatter", payload, layout.world()))
     # An fp32 copy of the gradients and one more in the weights' dtype, a sub-group at a time.
     step = 0 if layout.offload_optimizer else (4 + item) * min(pieces, SUB_GROUP)
-    return MethodPlan(name, device, host, _at_work(model, layout, ranks > 1, trained), step, transfers, 0, 0, numel)
+    work = _at_work(model, layout, ranks > 1, trained)
+    at = {"build": Moment(host=item * pieces)}  # DeepSpeed moves the trained pieces through host memory
+    return MethodPlan(name, device, host, work, step, transfers, 0, 0, numel, at)
 
 
 def _weights(model: ModelShapes, layout: Layout, size: int) -> dict[str, int]:

@@ -31,6 +31,15 @@ class ModelShapes:
         """Elements a rank holds when every tensor is cut into `size` padded pieces."""
         return sum(-(-math.prod(self.shapes[name]) // size) for name in (self.shapes if names is None else names))
 
+    def largest(self, names: Iterable[str] | None = None) -> int:
+        """Elements of the largest tensor."""
+        chosen = self.shapes if names is None else names
+        return max((math.prod(self.shapes[name]) for name in chosen), default=0)
+
+    def largest_piece(self, size: int, names: Iterable[str] | None = None) -> int:
+        """Elements of a rank's piece of it."""
+        return -(-self.largest(names) // size)
+
     def persistent(self, threshold: int) -> int:
         """Elements of the tensors that DeepSpeed keeps gathered."""
         return sum(numel for numel in map(math.prod, self.shapes.values()) if numel < threshold)

@@ -39,10 +39,14 @@ def table(plans: Sequence[MethodPlan], layout: Layout, memory: int | None = None
     rows += _rows("while a step runs, in addition", [plan.work for plan in plans])
     rows.append(("  the update's own", [_size(plan.step) for plan in plans]))
     rows.append(("  an uneven mask's fullest rank", [_size(plan.uneven) for plan in plans]))
-    rows.append(("  peak, without activations", [format_bytes(plan.peak) for plan in plans]))
+    rows += _rows("at another moment instead", [_device_at(plan) for plan in plans])
+    rows.append(("peak, without activations", [format_bytes(plan.peak) for plan in plans]))
+    rows.append(("  reached in", [plan.peak_moment for plan in plans]))
     if memory is not None:
         rows.append((f"  fits {format_bytes(memory)}", ["yes" if plan.peak <= memory else "NO" for plan in plans]))
     rows += _rows("in host memory", [plan.host for plan in plans])
+    rows.append(("  peak", [format_bytes(plan.host_peak) for plan in plans]))
+    rows.append(("  reached in", [plan.host_peak_moment for plan in plans]))
     sent = [plan.sent(layout) for plan in plans]
     rows.append(("sent per step", []))
     for what in dict.fromkeys(t.what for plan in plans for t in plan.transfers):
@@ -65,9 +69,14 @@ def short_lines(plans: Sequence[MethodPlan], layout: Layout) -> list[str]:
         network = f", {format_bytes(across)} of it over the network" if layout.num_nodes > 1 else ""
         lines.append(
             f"plan, {plan.name}: a rank holds {format_bytes(plan.held)}, needs {format_bytes(plan.peak)} at most "
-            f"besides activations, and sends up to {format_bytes(inside + across)} a step{network}"
+            f"besides activations (in the {plan.peak_moment}), and sends up to {format_bytes(inside + across)} a step"
+            f"{network}"
         )
     return lines
+
+
+def _device_at(plan: MethodPlan) -> dict[str, int]:
+    return {name: moment.device for name, moment in plan.moments.items() if moment.device}
 
 
 def _rows(title: str, parts: Sequence[object]) -> list[tuple[str, list[str]]]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 from contextlib import nullcontext
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 import lota
+import lota.seams
 from lota import plan
+from lota.plan.methods import ENCODED_MASK
 from lota.selection import eligible
 from lota.zero.spread import mask_counts
 from tests.counting import Traffic
@@ -67,11 +70,16 @@ def counted(case: str, method: str, options: dict[str, Any]) -> dict[str, Any]:
         if method == "lora":
             model = _with_adapters(model, case)
         gc.collect()
-        with block as run:
+        with block as run, TemporaryDirectory() as folder:
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            # As a Trainer loads it: the engine would shard it at its start, with the whole model in memory.
+            deepspeed.zero.Init(module=model, config_dict_or_path=_config(zero, wire), dtype=torch.bfloat16)
+            gc.collect()
+            count.restart()
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=torch.optim.AdamW(trained, lr=1e-3, fused=True), config=_config(zero, wire)
             )
+            most = {"build": count.most}
             for step in range(2):
                 count.restart()
                 for micro in range(ACCUMULATION):
@@ -83,10 +91,50 @@ def counted(case: str, method: str, options: dict[str, Any]) -> dict[str, Any]:
             # of the second step: the first one still records in which order weights are used
             held, peak, payload = count.nbytes(), count.peak, dict(count.payload)
             report = run.report() if run is not None else {}
+            most["step"] = count.most
+            if run is not None:
+                most |= _moments(count, engine, run, folder)
             engine.destroy()
-    if method in ("task_vector", "gradient"):
-        run._run.release()
-    return {"planned": planned, "held": held, "peak": peak, "payload": payload, "report": report}
+    rank = torch.distributed.get_rank()
+    return {
+        "planned": planned,
+        "rank": rank,
+        "held": held,
+        "peak": peak,
+        "most": most,
+        "payload": payload,
+        "report": report,
+    }
+
+
+def _moments(count: Traffic, engine: Any, run: Any, folder: str) -> dict[str, int]:
+    """The most bytes while a checkpoint is written and read, and at the end, while the ticket is written or selection
+    chooses. folder: rank 0's serves all ranks."""
+    box = [folder]
+    torch.distributed.broadcast_object_list(box, src=0)
+    moments = {
+        "checkpoint": lambda: engine.save_checkpoint(box[0]),
+        "resume": lambda: _resume(engine, run, box[0]),
+    }
+    if hasattr(run, "save_ticket"):
+        moments["ticket"] = lambda: run.save_ticket(f"{box[0]}/ticket")
+    else:
+        moments["selection"] = run.mask
+    most = {}
+    for name, moment in moments.items():
+        gc.collect()
+        count.restart()
+        moment()
+        most[name] = count.most
+    torch.distributed.barrier()
+    return most
+
+
+def _resume(engine: Any, run: Any, folder: str) -> None:
+    """Without moments of DeepSpeed's optimizer, as a new process has none."""
+    if isinstance(run, lota.seams.Calibration) and run.report()["score"] == "task_vector":
+        engine.optimizer.optimizer.state.clear()
+    engine.load_checkpoint(folder)
 
 
 def _config(zero: dict[str, Any], wire: str) -> dict[str, Any]:
@@ -110,7 +158,7 @@ def _with_adapters(model: Any, case: str) -> Any:
         r=LORA_RANK, target_modules=sorted(targets), task_type="CAUSAL_LM", fan_in_fan_out=case == "gpt2"
     )
     model.enable_input_require_grads()
-    return get_peft_model(model, settings)
+    return get_peft_model(model, settings, autocast_adapter_dtype=False)
 
 
 def _block_and_plan(
@@ -181,10 +229,19 @@ SENT_BY = {"all_gather": "weights", "reduce_scatter": "gradients", "all_to_all":
 def compare(result: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """(planned, counted) bytes: held, and sent by each kind of collective that the plan or the run used."""
     planned: plan.MethodPlan = result["planned"]
-    pairs = {"held": (planned.held + sum(planned.host.values()), result["held"])}
+    host = planned.host_held - (planned.host.get(ENCODED_MASK, 0) if result["rank"] else 0)
+    pairs = {"held": (planned.held + host, result["held"])}
     for kind in ("all_gather", "reduce_scatter", "all_to_all", "all_reduce"):
         pair = (planned.payload(kind), result["payload"].get(kind, 0))
         # norms and flags are all-reduced too: some bytes for every tensor
         if max(pair) > 8192:
             pairs[f"sent, {kind}"] = pair
     return pairs
+
+
+def allowed(result: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """(planned, counted) most bytes at each moment, device and host memory together, as on CPU ranks they are."""
+    planned: plan.MethodPlan = result["planned"]
+    held = planned.held + planned.uneven + planned.host_held
+    at = planned.at_moments
+    return {name: (held + at[name].device + at[name].host, most) for name, most in result["most"].items()}

@@ -207,7 +207,7 @@ def test_the_document_shows_what_commands_print(tmp_path, monkeypatch, capsys):
     """`...` stands for lines left out."""
     document = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
     blocks = re.findall(r"```text\n\$ lota (plan .*)\n([^`]*)```", document.read_text())
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     (tmp_path / "llama-70b").mkdir()
     (tmp_path / "llama-70b" / "config.json").write_text(json.dumps(LLAMA_70B))
     monkeypatch.chdir(tmp_path)
