@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from lota import plan
-from lota.selection import eligible
+from lota.selection import candidates, eligible
 from lota.ticket import Mask
 from lota.zero.groups import check_shard_group_size, local_size
 from recipes import deepspeed_options
@@ -47,11 +47,15 @@ def _phases(args: LotaArguments, model: plan.ModelShapes, layout: plan.Layout) -
         return [plan.lora(model, layout, plan.LoraSettings(args.lora_r or 16, _lora_targets(args, model)))]
     if args.mask is not None:
         mask = Mask.load(args.mask)
-        names, density, before = list(mask.names), mask.density, []
+        known = [name for name in mask.names if name in model.shapes]  # it may name buffers too
+        counts = plan.MaskCounts.even(model, known, mask.density, layout.shard_size)
+        before = []
     else:
-        names, density = eligible(model.shapes, args.include, args.exclude), args.density or 0.1
-        before = [plan.calibration(model, layout, names, args.score or "task_vector")]
-    counts = plan.MaskCounts.even(model, names, density, layout.shard_size)
+        chosen = candidates(model.shapes, args.include, args.exclude, args.dense)
+        score, taken = args.score or "task_vector", {"rows": chosen.rows, "dense": chosen.dense}
+        trained = [*chosen.names, *(chosen.dense if score == "task_vector" else ())]
+        before = [plan.calibration(model, layout, trained, score)]
+        counts = plan.MaskCounts.even(model, chosen.names, args.density or 0.1, layout.shard_size, **taken)
     reduction = "dense" if args.gradient_reduction == "dense" else "compact"
     return [*before, plan.lota(model, layout, counts, reduction=reduction)]
 

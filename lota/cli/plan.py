@@ -54,6 +54,7 @@ lota plan models/llama-8b --ranks 8 --json | python -m json.tool""",
     add("--lora_rank", type=int, default=16, help="of the adapters that LoRA is planned with (16)")
     add("--include", action="append", help="pattern of tensor names, instead of attention and MLP weights; repeatable")
     add("--exclude", action="append", help="pattern of tensor names to leave out; repeatable")
+    add("--dense", action="append", help="pattern of tensors (or rows, name[a:b]) to train whole besides; repeatable")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro steps in a step (1)")
     add("--gradient_checkpointing", action="store_true", help="activations are computed twice")
     add("--offload_param", action="store_true", help="sparse training's weights and state in host memory")
@@ -111,14 +112,15 @@ def make_choices(
     """One choice for each method asked for. ValueError for what the options cannot mean."""
     from lota.plan import LoraSettings, MaskCounts, calibration, choose_reduction, full, lora, lota
     from lota.plan.advice import Choice
-    from lota.selection import eligible, validate_density
+    from lota.selection import candidates, validate_density
 
     validate_density(args.density)
     if args.reduce_every == "step" and args.gradient_reduction == "dense":
         raise ValueError("reduce_every step needs gradient_reduction compact (or auto): whole gradients are not summed")
     if args.lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {args.lora_rank}")
-    names = eligible(model.shapes, args.include, args.exclude)
+    part = candidates(model.shapes, args.include, args.exclude, args.dense)
+    names = list(part.names)
     mask = None if args.mask is None else _load_mask(args.mask, model)
     if mask is not None:
         names = list(mask.names)
@@ -126,7 +128,9 @@ def make_choices(
 
     def counts_of(choice: Choice) -> MaskCounts:
         if mask is None or choice.density != args.density:
-            return MaskCounts.even(model, names, choice.density or args.density, choice.layout.shard_size)
+            density = choice.density or args.density
+            taken = {"rows": part.rows, "dense": part.dense}
+            return MaskCounts.even(model, names, density, choice.layout.shard_size, **taken)
         from lota.zero.spread import mask_counts
 
         return mask_counts(mask, choice.layout.shard_size)
@@ -137,7 +141,8 @@ def make_choices(
         return lota(model, choice.layout, counts, reduction=choice.reduction or "compact", **settings)
 
     def calibration_plan(choice: Choice) -> MethodPlan:
-        return calibration(model, choice.layout, names, choice.score or "")
+        whole = part.dense if choice.score == "task_vector" and mask is None else ()
+        return calibration(model, choice.layout, [*names, *whole], choice.score or "")
 
     sparse = Choice(
         layout, lota_plan, density=args.density, reduction=args.gradient_reduction, reduce_every=args.reduce_every

@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 from lota.kernels import TILE
 from lota.plan.model import ModelShapes
 from lota.ticket.codec import choose, num_bytes
+from lota.ticket.rows import Rows, span, whole
 
 # By how many percent the fullest rank exceeded an even share in the most uneven masks measured: docs/planning.md.
 _EXCESS = ((1, 0), (2, 3), (8, 39), (64, 131))
@@ -60,14 +61,29 @@ class MaskCounts:
     is_even: bool = True
 
     @classmethod
-    def even(cls, model: ModelShapes, eligible: Sequence[str], density: float, size: int) -> MaskCounts:
-        """`round(density * eligible)` entries, spread evenly over tensors and ranks."""
-        numels = {name: math.prod(model.shapes[name]) for name in eligible}
-        total = sum(numels.values())
+    def even(
+        cls,
+        model: ModelShapes,
+        eligible: Sequence[str],
+        density: float,
+        size: int,
+        *,
+        rows: Mapping[str, Rows] | None = None,
+        dense: Mapping[str, Rows] | None = None,
+    ) -> MaskCounts:
+        """`round(density * eligible)` entries, spread evenly over tensors and ranks.
+
+        rows: of eligible tensors of which some rows take part, which. dense: further tensors with the rows of them that
+        are active whole; one rank may own all of a range.
+        """
+        taking_part = {name: _entries(model, name, (rows or {}).get(name)) for name in eligible}
+        total = sum(taking_part.values())
         active = round(density * total)
-        bounds = [0] + [active * seen // max(1, total) for seen in accumulate(numels.values())]
-        counts = {name: bounds[i + 1] - bounds[i] for i, name in enumerate(numels)}
-        local = -(-active // size)
+        bounds = [0] + [active * seen // max(1, total) for seen in accumulate(taking_part.values())]
+        counts = {name: bounds[i + 1] - bounds[i] for i, name in enumerate(taking_part)}
+        counts |= {name: _entries(model, name, taken) for name, taken in (dense or {}).items()}
+        numels = {name: math.prod(model.shapes[name]) for name in counts}
+        local = -(-active // size) + sum(min(counts[name], -(-numels[name] // size)) for name in dense or {})
         # 1024 entries span 1024/density positions on average; the quarter more is over ten standard deviations.
         offset = 2 if total * TILE * 5 // 4 < active << 16 else 4
         return cls(numels, Spread(counts, local, local, offset, offset))
@@ -82,6 +98,11 @@ class MaskCounts:
 
     def _pairs(self) -> list[tuple[int, int]]:
         return [(numel, self.spread.counts.get(name, 0)) for name, numel in self.numels.items()]
+
+
+def _entries(model: ModelShapes, name: str, rows: Rows | None) -> int:
+    start, stop = span(model.shapes[name], rows or whole(model.shapes[name]))
+    return stop - start
 
 
 def excess_percent(size: int) -> int:

@@ -17,7 +17,7 @@ from lota.cli import main
 from lota.kernels import TileIndex
 from lota.plan.advice import Choice
 from lota.plan.layout import Transfer
-from lota.selection import eligible
+from lota.selection import candidates, eligible
 from lota.ticket import Mask
 from lota.zero.layout import owned_range, owner_counts
 from lota.zero.spread import mask_counts
@@ -284,3 +284,18 @@ def test_bad_options_end_in_one_line(folder, capsys, arguments, message):
 def test_a_missing_model(capsys):
     assert main(["plan", "/nowhere/model"]) == 2
     assert "there is no '/nowhere/model'" in capsys.readouterr().err
+
+
+def test_rows_and_dense_tensors_are_planned_as_the_mask_that_they_make() -> None:
+    """Counts by tensor are those of a real mask; a range of rows may lie on one rank."""
+    shapes = {"embed": (64, 8), "mlp.up": (32, 8), "head": (3, 8)}
+    model = plan.ModelShapes("tiny", shapes, 8)
+    chosen = candidates(shapes, ["mlp.up[16:]"], None, ["head", "embed[60:]"])
+    counts = plan.MaskCounts.even(model, chosen.names, 0.25, 4, rows=chosen.rows, dense=chosen.dense)
+    assert dict(counts.spread.counts) == {"mlp.up": 32, "head": 24, "embed": 32}
+    mask = Mask.from_indices({"mlp.up": (shapes["mlp.up"], torch.arange(128, 256, 4))}, rows=chosen.rows)
+    mask = mask.with_dense({name: (shapes[name], rows) for name, rows in chosen.dense.items()}, {})
+    real = mask_counts(mask, 4)
+    assert dict(real.spread.counts) == dict(counts.spread.counts)
+    assert real.spread.fullest <= counts.spread.fullest + 16  # the rows of `mlp.up` lie on two of four ranks
+    assert counts.spread.fullest == 8 + 6 + 32
