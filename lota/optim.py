@@ -82,7 +82,8 @@ class _Masked(torch.optim.Optimizer):
         if all(parameter.grad is None for _, parameters in groups for parameter in parameters):
             return loss
         device = groups[0][1][0].device
-        scale, skip = torch.ones((), device=device), torch.zeros((), dtype=torch.bool, device=device)
+        scale = torch.ones((), dtype=torch.float32, device=device)
+        skip = torch.zeros((), dtype=torch.bool, device=device)
         compact: dict[nn.Parameter, Tensor] = {}
         if self.max_norm is not None:
             compact = {parameter: self._compact_gradient(parameter) for _, ps in groups for parameter in ps}
@@ -332,7 +333,7 @@ def _check_rounding(seed: int, parameters: dict[str, nn.Parameter]) -> None:
                 f"rounding_seed={seed} rounds bf16 weights stochastically, but {name} is {parameter.dtype}; load the "
                 "model in bf16, or leave rounding_seed out"
             )
-    rounding_key(seed, torch.zeros(()))
+    rounding_key(seed, torch.zeros((), dtype=torch.float64))
 
 
 def _flat(tensor: Tensor) -> Tensor:

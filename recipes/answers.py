@@ -103,9 +103,9 @@ def collate(rows: Sequence[tuple[list[int], int]], padding: int) -> tuple[Tensor
     rows: token ids, and how many of them at the start are a prompt: their labels, and the padding's, are -100.
     """
     longest = max(len(ids) for ids, _ in rows)
-    input_ids = torch.full((len(rows), longest), padding)
-    labels = torch.full((len(rows), longest), IGNORED)
+    input_ids = torch.full((len(rows), longest), padding, dtype=torch.int64)
+    labels = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)
     for number, (ids, num_prompt) in enumerate(rows):
-        input_ids[number, : len(ids)] = torch.tensor(ids)
-        labels[number, num_prompt : len(ids)] = torch.tensor(ids[num_prompt:])
+        input_ids[number, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        labels[number, num_prompt : len(ids)] = torch.tensor(ids[num_prompt:], dtype=torch.int64)
     return input_ids, labels

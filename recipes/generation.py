@@ -53,10 +53,10 @@ def write_answers(
     for start in range(0, len(order), batch_rows):
         numbers = order[start : start + batch_rows]
         longest = max(len(prompts[number]) for number in numbers)
-        input_ids = torch.full((len(numbers), longest), tokenizer.pad_token_id)
+        input_ids = torch.full((len(numbers), longest), tokenizer.pad_token_id, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
         for line, number in enumerate(numbers):
-            input_ids[line, longest - len(prompts[number]) :] = torch.tensor(prompts[number])
+            input_ids[line, longest - len(prompts[number]) :] = torch.tensor(prompts[number], dtype=torch.int64)
             attention_mask[line, longest - len(prompts[number]) :] = 1
         device = next(model.parameters()).device
         written = model.generate(

@@ -188,7 +188,8 @@ def _stand_in(skeleton: nn.Module, whole: Collection[str]) -> dict[str, Deltas]:
 def _sparse_tensors(module: str, parts: Deltas, linear: nn.Module, rank: int) -> dict[str, Tensor]:
     assert isinstance(linear, nn.Linear)
     length = rank * (linear.in_features + linear.out_features)
-    indices, values = torch.zeros(2, length, dtype=torch.int32), torch.full((length,), PADDING)
+    indices = torch.zeros(2, length, dtype=torch.int32)
+    values = torch.full((length,), PADDING, dtype=torch.float32)
     count = parts.positions.numel()
     indices[0, :count] = parts.positions // linear.in_features
     indices[1, :count] = parts.positions % linear.in_features

@@ -181,7 +181,7 @@ def lota(
     largest = max(spread.counts.values(), default=0) if reduction == "compact" else 0
     bucket = max(min(_bucket(model, layout, MOST_BUCKET), entries), largest)
     work = _at_work(model, layout, size > 1 or layout.offload_param, names)
-    if reduce_every == "step":
+    if reduce_every == "step" and layout.ranks > 1:
         work["sums of micro steps"] = 4 * entries
     work["reduction buffers"] = _buffers(bucket, max(bucket, spread.received) if size > 1 else 0, layout)
     reductions = 1 if reduce_every == "step" else accumulation
@@ -313,6 +313,8 @@ def _index(active: int, offset_bytes: int) -> int:
 
 
 def _buffers(bucket: int, received: int, layout: Layout) -> int:
-    """Bytes of a bucket that is filled, and of those on their way: packed (or all-reduced in place), and received."""
-    on_their_way = _ON_THEIR_WAY * (bucket + received) if layout.ranks > 1 else 0
-    return 4 * bucket + layout.communication_bytes * on_their_way
+    """Bytes of a bucket that is filled, and of those on their way: packed (or all-reduced in place), and received. One
+    rank has none: gradients go straight to where they are summed."""
+    if layout.ranks == 1:
+        return 0
+    return 4 * bucket + layout.communication_bytes * _ON_THEIR_WAY * (bucket + received)

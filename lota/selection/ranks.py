@@ -39,7 +39,7 @@ class Ranks:
         """ValueError on every rank unless all of them passed the same 63-bit integer."""
         if self.size == 1:
             return
-        extremes = torch.tensor([fingerprint, -fingerprint], device=self.device)
+        extremes = torch.tensor([fingerprint, -fingerprint], dtype=torch.int64, device=self.device)
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
         if int(extremes[0]) != -int(extremes[1]):
             raise ValueError(f"expected the same {what} on every rank, got different ones.")

@@ -18,7 +18,7 @@ from lota.zero import weights
 from lota.zero.base import buffer_fingerprints
 from lota.zero.dense_state import DenseState
 from lota.zero.frozen import Freeze
-from lota.zero.groups import make_groups
+from lota.zero.groups import connect, make_groups
 from lota.zero.new_tensors import new_tensors, refuse_new
 from lota.zero.run import BUCKET_NUMEL, BlockRun, communication_dtype
 from lota.zero.scores import GRADIENT_SCORES, GradientScores, Piece, TaskVectorScores, WeightScores, piece_of
@@ -88,6 +88,7 @@ class CalibrationRun(BlockRun):
         self._check_optimizer_holds(self.names, optimizer, "calibration scores")
         pieces = self._pieces(engine.module, self.shapes)
         if self.score in GRADIENT_SCORES:
+            connect(self.groups.reduction, self.device)
             self.core = GradientScores(
                 pieces,
                 self.score,

@@ -131,7 +131,7 @@ class Stored:
             first += length
         if sum(piece.numel() for piece in pieces) != stop - start:
             raise self._damaged(f"{key} has {first} entries, {stop} were expected")
-        return torch.cat(pieces) if pieces else torch.empty(0)
+        return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.float32)
 
     def _read_piece(self, file: str, key: str, length: int, sha256: str) -> Tensor:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lota.ticket.fingerprint import fingerprint_at
 from lota.zero.agreement import raise_together
 from lota.zero.layout import owned_range
 from lota.zero.outline import MaskOutline
+from lota.zero.reduction import ReductionGroups
 from lota.zero.sparse import SparseTraining
 
 
@@ -109,21 +110,27 @@ def _collect(
         return empty
     _, slot = training.slot(name)
     own = training.current_values(name, dtype)
-    if rank > 0:
-        for tensor in own:
-            if tensor.numel():
-                dist.send(tensor.to(device).view(torch.uint8), 0, group=groups.shard)
-        return empty
-    gathered = [torch.empty(slot.num_active, dtype=tensor.dtype) for tensor in own]
-    for whole, tensor in zip(gathered, own, strict=True):
-        whole[: tensor.numel()] = tensor
-    filled = slot.counts[0]
-    for source in range(1, groups.shard_size):
-        for whole in gathered:
-            received = torch.empty(slot.counts[source], dtype=whole.dtype, device=device)
-            if received.numel():
-                dist.recv(received.view(torch.uint8), source, group=groups.shard)
-            whole[filled : filled + received.numel()] = received
-        filled += slot.counts[source]
-    values, base = gathered
+    values, base = (_to_first(tensor, slot.counts, groups, device) for tensor in own)
     return values, base
+
+
+def _to_first(tensor: Tensor, counts: Sequence[int], groups: ReductionGroups, device: torch.device) -> Tensor:
+    """The ranks' pieces, `counts[r]` entries of rank r of the shard group, one after another on its first rank, in host
+    memory; empty on the others. Collective over the group.
+
+    A collective that reductions use too: point-to-point calls would make a communicator for every pair of ranks.
+    """
+    if groups.shard is None:
+        return tensor.cpu()
+    item, is_first = tensor.element_size(), groups.shard_rank == 0
+    sizes = [item * count for count in counts]
+    received = torch.empty(sum(sizes) if is_first else 0, dtype=torch.uint8, device=device)
+    nothing = [0] * len(sizes)
+    dist.all_to_all_single(
+        received,
+        tensor.to(device).view(torch.uint8),
+        sizes if is_first else nothing,
+        [sizes[groups.shard_rank], *nothing[1:]],
+        group=groups.shard,
+    )
+    return received.cpu().view(tensor.dtype)

@@ -195,8 +195,6 @@ class LotaEngine(DeepSpeedEngine):
                 "offload_param is not supported where the trained weights have several dtypes, because DeepSpeed keeps "
                 "offloaded weights in one: delete offload_param, or load the model in one dtype"
             )
-        if self.optimizer_class is None and not is_mixed:
-            return super()._configure_zero_optimizer(optimizer)
         # superoffload derives a class from ZeRO-3's when it is first imported: that must have happened before the swap.
         import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401
 
@@ -279,7 +277,7 @@ class LotaEngine(DeepSpeedEngine):
         return loaded
 
 
-class DenseOptimizer(DeepSpeedZeroOptimizer_Stage3):
+class MixedDtypes(DeepSpeedZeroOptimizer_Stage3):
     """ZeRO-3 whose weights may have several dtypes (a model that keeps some of its tensors in fp32).
 
     DeepSpeed flattens all trained weights into one buffer, of one dtype; here every dtype has a buffer of its own.
@@ -311,7 +309,48 @@ class DenseOptimizer(DeepSpeedZeroOptimizer_Stage3):
             filled[dtype] += numel
 
 
-class CompactOptimizer(DenseOptimizer):
+class DenseOptimizer(MixedDtypes):
+    """DeepSpeed's own ZeRO-3, except that a step uses the sum of all gradients since the last step.
+
+    DeepSpeed counts micro steps by forwards and lets the first one overwrite its buffers: where two forwards precede
+    two backwards, the second gradient replaces the first, and a weight that no micro step used is stepped by an old
+    one. Here micro steps are counted by backwards, and the buffers are zeros after a step.
+    """
+
+    _is_stepping = False
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        super().independent_gradient_partition_epilogue()
+        self.micro_step_id += 1
+        self._epilogue_ran_this_backward = False  # or the next forward would count this backward again
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self._is_stepping:
+            return  # DeepSpeed's step calls this before it uses the buffers, and its engine once more after the step
+        if self.grad_partitions_flat_buffer is not None:
+            self.grad_partitions_flat_buffer.zero_()
+        if self.offload_optimizer:
+            for flat in self.fp32_partitioned_groups_flat:
+                if flat.grad is not None:
+                    flat.grad.zero_()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        if self.offload_optimizer:
+            # Gradients move to the host in the step's last backward, which those of weights that it did not use missed.
+            moved = self.norm_for_param_grads
+            waiting = {p.ds_id for group in self.fp16_groups for p in group if self.get_param_id(p) not in moved}
+            self._offload_boundary_param_ids &= waiting
+            self.finalize_gradient_accumulation_boundary()
+        self._is_stepping = True
+        try:
+            super().step(closure)
+        finally:
+            self._is_stepping = False
+
+
+class CompactOptimizer(MixedDtypes):
     """ZeRO-3 whose gradients and steps go to `self.core` (built by the run); it allocates nothing dense itself."""
 
     def __init__(self, *args: Any, lota_run: Run, lota_engine: Any, **kwargs: Any) -> None:

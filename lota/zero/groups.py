@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from lota.zero.reduction import ReductionGroups
@@ -105,6 +106,28 @@ def make_groups(shard_size: int) -> BlockGroups:
         shard_rank=rank % shard_size,
     )
     return BlockGroups(weights, reduction)
+
+
+def connect(groups: ReductionGroups, device: torch.device) -> None:
+    """Make the communicators that reductions will use, with one tiny collective of every kind on every group.
+    Collective over the world, before training; `device` is the rank's own.
+
+    NCCL makes them at the first use, which waits for all ranks of a group. Inside a backward, where ranks may need each
+    other's weights first, that could wait forever.
+    """
+    word = torch.zeros(1, dtype=torch.int32, device=device)
+    if groups.shard is not None:
+        # A word for and from every rank: point-to-point connections are made at the first use, too.
+        words = torch.zeros(groups.shard_size, dtype=torch.int32, device=device)
+        ones = [1] * groups.shard_size
+        dist.all_to_all_single(torch.empty_like(words), words, ones, ones, group=groups.shard)
+        dist.all_reduce(word, group=groups.shard)
+    if groups.replica is not None:
+        dist.all_reduce(word, group=groups.replica)
+    if groups.world is not None and groups.world is not groups.shard:
+        dist.all_reduce(word, group=groups.world)
+    if device.type != "cpu":
+        word.cpu()  # the communicators are there when this returns
 
 
 def _own_group(rank_lists: list[list[int]]) -> dist.ProcessGroup:

@@ -1,16 +1,21 @@
 """Gradients of many tensors, reduced to the ranks that own them as backward produces them.
 
-A tensor contributes one flat vector (its compact gradient, or the whole one for calibration) whose entries belong to
-the ranks of the shard group in ascending pieces of known sizes. Vectors are packed into buckets that are fixed before
-the first backward. A full bucket is sent by `all_to_all_single` with exact split sizes, summed in rank order
-(deterministic, no padding: the masks that selection makes are uneven over ranks), and all-reduced across the replicas
-of the shard group. What is sent may be rounded to bf16: micro steps and the sum over a shard group are still added up
-in fp32; an all-reduce adds in bf16.
+A tensor contributes one flat vector (its compact gradient, or a stretch of the whole one for calibration) whose entries
+belong to the ranks of the shard group in ascending pieces of known sizes. Vectors are packed into buckets that are
+fixed before the first backward. A full bucket is sent by `all_to_all_single` with exact split sizes, summed in rank
+order (deterministic, no padding: the masks that selection makes are uneven over ranks), and all-reduced across the
+replicas of the shard group. What is sent may be rounded to bf16: micro steps and the sum over a shard group are still
+added up in fp32; an all-reduce adds in bf16.
 
-Ranks may disagree about which tensors were used. Buckets are therefore launched in one fixed order on process groups of
-their own, asynchronously; a bucket that is not full by the end of backward is sent then, with zeros for what is
-missing. A rank never waits forever inside backward for a bucket (another rank may need this one's weights first): it
-waits for older buckets only for `PATIENCE` seconds, which bounds the memory of buckets in flight in every ordinary run.
+Ranks may disagree about which tensors were used. Buckets therefore leave in one order that all ranks share, on process
+groups of their own, asynchronously; a bucket that is not full by the end of backward is sent then, with zeros for what
+is missing. Buckets that some rank could not fill in time leave after the others from then on (`_Turns`). A rank never
+waits forever inside backward for a bucket, because another rank may need this one's weights first: it waits for older
+buckets for its patience only, and then keeps full buckets until there is room or backward is over. So at most
+`_IN_FLIGHT + 1` buckets are on their way at any time.
+
+A bucket passes through: being filled (`_Bucket.buffer`) -> first leg, to its owners (`_Flight.sent` is set) -> second
+leg, summed, across replicas (`sent` is None) -> delivered.
 """
 
 from __future__ import annotations
@@ -19,13 +24,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 PATIENCE = 2.0
+"""Most seconds that a rank inside a backward waits for older buckets: a network slower than it is waited for."""
+
+_LEAST_PATIENCE = 0.01
 _IN_FLIGHT = 2
+_FIRST_PENALTY = 16  # backwards
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,26 @@ class ReductionGroups:
     world_size: int
     shard_rank: int
 
+    @property
+    def is_one_rank(self) -> bool:
+        """Whether there is nobody to reduce with."""
+        return self.shard is None and self.replica is None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Entries of one slot in a bucket that stands owner after owner: `count` of each of `num_owners` owners from
+    `first_owner` on, the first at `start`, the next ones `stride` further each."""
+
+    first_owner: int
+    num_owners: int
+    count: int
+    start: int
+    stride: int
+
+    def of(self, buffer: Tensor) -> Tensor:
+        return buffer.as_strided((self.num_owners, self.count), (self.stride, 1), buffer.storage_offset() + self.start)
+
 
 @dataclass
 class _Bucket:
@@ -49,6 +79,10 @@ class _Bucket:
     buffer: Tensor | None = None
     arrived: set[int] = field(default_factory=set)
     is_launched: bool = False
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.arrived) == len(self.slots)
 
 
 @dataclass
@@ -61,6 +95,33 @@ class _Flight:
     sent: Tensor | None
 
 
+class _Turns:
+    """In which order buckets leave: the same on every rank, because all learn from the same agreed facts.
+
+    A bucket that one rank cannot fill (a conditional branch that it did not take) would hold up every bucket behind it
+    on that rank, and the other ranks would wait for those. So it leaves after backward, behind all others, until it was
+    full on every rank in `penalty` backwards in a row; the penalty doubles at each relapse. Values do not depend on the
+    order: every bucket has entries of its own.
+    """
+
+    def __init__(self, num_buckets: int) -> None:
+        self._sits_out, self._penalty = [0] * num_buckets, [_FIRST_PENALTY // 2] * num_buckets
+        self.order = list(range(num_buckets))
+        self.num_early = num_buckets
+
+    def learn(self, unfilled: Sequence[int]) -> None:
+        """unfilled: buckets that some rank had not filled when its backward ended, the same on all ranks."""
+        for index in range(len(self._sits_out)):
+            self._sits_out[index] = max(0, self._sits_out[index] - 1)
+        for index in unfilled:
+            if self._sits_out[index] == 0:
+                self._penalty[index] *= 2
+            self._sits_out[index] = self._penalty[index]
+        early = [index for index, turns in enumerate(self._sits_out) if not turns]
+        self.order = early + [index for index, turns in enumerate(self._sits_out) if turns]
+        self.num_early = len(early)
+
+
 class GradientReducer:
     """Reduces one vector per slot to its owners and hands each bucket's mean over all ranks to `deliver`.
 
@@ -70,6 +131,8 @@ class GradientReducer:
     slot.
     once_per_step: keep the sums of all micro steps and send only in `finish(last=True)`; costs a full set of buckets.
     wire: dtype of what is sent, fp32 or bf16.
+    by_owner: buckets stand owner after owner from the start and are filled by `add_rows`; else slot after slot, filled
+    by `add`, and are packed into that order when they are sent.
     """
 
     def __init__(
@@ -82,17 +145,20 @@ class GradientReducer:
         device: torch.device,
         once_per_step: bool = False,
         wire: torch.dtype = torch.float32,
+        by_owner: bool = False,
     ) -> None:
-        self.wire = wire
+        self.wire, self.by_owner = wire, by_owner
         self.counts, self.groups, self.device, self.once_per_step = counts, groups, device, once_per_step
         self._deliver = deliver
         self._buckets = _plan_buckets(counts, bucket_numel, groups.shard_rank)
         self._bucket_of = {slot: b for b, bucket in enumerate(self._buckets) for slot in bucket.slots}
-        self._start = _starts_in_bucket(counts, self._buckets)
-        self._next = 0
+        self._start = {} if by_owner else _starts_in_bucket(counts, self._buckets)
+        self._rows = _rows_in_bucket(counts, self._buckets) if by_owner else {}
+        self._turns = _Turns(len(self._buckets))
+        self._next = 0  # place in the order of the next bucket to leave
         self._flights: deque[_Flight] = deque()
         self._late: dict[int, Tensor] = {}
-        self._is_patient = True
+        self._patience, self._is_patient = PATIENCE, True
         self.bytes_sent = 0
 
     @property
@@ -127,23 +193,47 @@ class GradientReducer:
         return self.wire.itemsize * inside, self.wire.itemsize * across
 
     def add(self, slot: int, write: Callable[[Tensor, bool], None]) -> None:
-        """Take a slot's gradient: `write(out, is_first)` stores it into the zeroed `out` or adds it to earlier ones."""
+        """Take a slot's gradient: `write(out, is_first)` stores it into `out`, which may hold anything, or adds it to
+        earlier ones."""
+        buffer, is_first = self._buffer_for(slot)
+        start = self._start[slot]
+        write(buffer[start : start + sum(self.counts[slot])], is_first)
+        self._arrive(slot)
+
+    def add_rows(self, slot: int, write: Callable[[int, Tensor, bool], None]) -> None:
+        """`add` where buckets stand owner after owner: `write(owner, out, is_first)` is called for runs of owners, out
+        `[owners, entries of each]` being a strided view for `owner` and the following ones."""
+        buffer, is_first = self._buffer_for(slot)
+        for rows in self._rows[slot]:
+            write(rows.first_owner, rows.of(buffer), is_first)
+        self._arrive(slot)
+
+    def _buffer_for(self, slot: int) -> tuple[Tensor, bool]:
+        """The bucket that takes the slot's gradient, and whether it holds none of it yet."""
         index = self._bucket_of[slot]
         bucket = self._buckets[index]
-        start, length = self._start[slot], sum(self.counts[slot])
         if bucket.is_launched:
+            # A tensor is used again after its bucket left: a second bucket, which leaves when all ranks know of it.
             if index not in self._late:
-                self._late[index] = torch.zeros(bucket.numel, device=self.device)
-            buffer = self._late[index]
-            write(buffer[start : start + length], False)
-            return
+                self._late[index] = torch.zeros(bucket.numel, dtype=torch.float32, device=self.device)
+            return self._late[index], False
         if bucket.buffer is None:
-            bucket.buffer = torch.zeros(bucket.numel, device=self.device)
-        write(bucket.buffer[start : start + length], slot not in bucket.arrived)
+            bucket.buffer = torch.empty(bucket.numel, dtype=torch.float32, device=self.device)
+        return bucket.buffer, slot not in bucket.arrived
+
+    def _arrive(self, slot: int) -> None:
+        bucket = self._buckets[self._bucket_of[slot]]
+        if bucket.is_launched or self.once_per_step:
+            bucket.arrived.add(slot)
+            return
         bucket.arrived.add(slot)
-        if not self.once_per_step:
-            while self._next < len(self._buckets) and self._is_full(self._next):
-                self._launch(self._next)
+        self._retire_ready()
+        # Only buckets that were full everywhere lately, and only in their turn, though a later one may be full first:
+        # ranks that sent in different orders would wait for each other.
+        while self._next < self._turns.num_early and self._buckets[self._turns.order[self._next]].is_full:
+            if len(self._flights) > _IN_FLIGHT:
+                break  # no patience left: it stays filled, which takes half the memory of being on its way
+            self._launch()
             self._retire_ready()
 
     def finish(self, last: bool = True) -> None:
@@ -151,20 +241,27 @@ class GradientReducer:
         deliver everything. Collective over all ranks."""
         if self.once_per_step and not last:
             return
+        unfilled = [index for index in self._turns.order[self._next :] if not self._buckets[index].is_full]
         while self._next < len(self._buckets):
-            self._launch(self._next)
             # Waiting is safe here: this rank's backward is over, so no other rank's waits for it.
             self._retire_all(but=_IN_FLIGHT)
+            self._launch()
         self._retire_all()
-        for index in self._agree_on_late():
-            bucket = self._buckets[index]
-            bucket.buffer = self._late.pop(index, None)
-            self._send(index)
+        late, unfilled = self._agree(unfilled)
+        for index in late:
+            self._retire_all(but=_IN_FLIGHT)
+            self._send(index, self._late.pop(index, None))
         self._retire_all()
         for bucket in self._buckets:
             bucket.is_launched = False
             bucket.arrived.clear()
-        self._next, self._is_patient = 0, True
+        self._next = 0
+        if not self.once_per_step:
+            self._turns.learn(unfilled)
+        if not self._is_patient and unfilled:
+            # It was lost on a bucket that could not come. After a slow network, which comes in the end, it stays.
+            self._patience = max(self._patience / 8, min(_LEAST_PATIENCE, PATIENCE))
+        self._is_patient = True
 
     def discard(self) -> None:
         """Forget gradients that were not sent yet."""
@@ -173,22 +270,37 @@ class GradientReducer:
             bucket.arrived.clear()
         self._late.clear()
 
-    def _is_full(self, index: int) -> bool:
-        return len(self._buckets[index].arrived) == len(self._buckets[index].slots)
+    def _launch(self) -> None:
+        """Send the bucket whose turn it is, with zeros for the slots that it lacks."""
+        index = self._turns.order[self._next]
+        bucket = self._buckets[index]
+        buffer, bucket.buffer = bucket.buffer, None
+        if buffer is not None and not bucket.is_full:
+            for slot in bucket.slots:
+                if slot not in bucket.arrived:
+                    self._clear(slot, buffer)
+        bucket.is_launched = True
+        self._next += 1
+        self._send(index, buffer)
 
-    def _launch(self, index: int) -> None:
-        self._buckets[index].is_launched = True
-        self._next = index + 1
-        self._send(index)
+    def _clear(self, slot: int, buffer: Tensor) -> None:
+        if self.by_owner:
+            for rows in self._rows[slot]:
+                rows.of(buffer).zero_()
+        else:
+            buffer[self._start[slot] : self._start[slot] + sum(self.counts[slot])].zero_()
 
-    def _send(self, index: int) -> None:
+    def _send(self, index: int, buffer: Tensor | None) -> None:
+        """Start the first leg. buffer: the bucket's fp32 entries; None where this rank has no gradient for it."""
         bucket, groups = self._buckets[index], self.groups
-        buffer = torch.zeros(bucket.numel, device=self.device) if bucket.buffer is None else bucket.buffer
-        bucket.buffer = None
+        if buffer is None:
+            buffer = torch.zeros(bucket.numel, dtype=torch.float32, device=self.device)
         if groups.shard is None:
             self._flights.append(self._to_replicas(index, buffer))
             return
-        sent = self._pack_by_owner(bucket, buffer.to(self.wire))
+        sent = buffer.to(self.wire)
+        if not self.by_owner:
+            sent = self._pack_by_owner(bucket, sent)
         received = torch.empty(groups.shard_size * bucket.own_numel, dtype=self.wire, device=self.device)
         work = dist.all_to_all_single(
             received,
@@ -216,10 +328,10 @@ class GradientReducer:
         return torch.cat([piece for rank in range(size) for piece in pieces[rank::size]])
 
     def _retire_ready(self) -> None:
-        """Move buckets on without waiting for other ranks, except for older ones and then only for `PATIENCE`."""
+        """Move buckets on without waiting for other ranks, except for older ones and then only while patient."""
         for position, flight in enumerate(self._flights):
             if flight.sent is None:
-                continue
+                continue  # on its second leg already
             if not self._is_done(flight):
                 break  # the second leg starts in the order of the first on every rank
             self._flights[position] = self._sum_over_ranks(flight)
@@ -231,17 +343,20 @@ class GradientReducer:
             return True
         if len(self._flights) <= _IN_FLIGHT or not self._is_patient:
             return False
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
+        started = time.monotonic()
+        while time.monotonic() - started < self._patience:
             if flight.work.is_completed():
+                # Worth waiting for: the network is slower than this backward.
+                self._patience = min(2 * self._patience, PATIENCE)
                 return True
             time.sleep(0.0005)
-        self._is_patient = False
+        self._is_patient = False  # for the rest of this backward
         return False
 
     def _retire_all(self, but: int = 0) -> None:
         """Wait for the oldest buckets until at most `but` are on their way."""
         count = max(len(self._flights) - but, 0)
+        # All second legs start before the first is waited for, so that they overlap.
         for position in range(count):
             if self._flights[position].sent is not None:
                 self._flights[position] = self._sum_over_ranks(self._flights[position])
@@ -251,6 +366,7 @@ class GradientReducer:
     def _sum_over_ranks(self, flight: _Flight) -> _Flight:
         assert flight.work is not None
         flight.work.wait()
+        # One after the other, from rank 0 on: the same bits every time, on whatever ranks own the entries.
         pieces = flight.values.view(self.groups.shard_size, -1)
         total = pieces[0].float()
         for piece in pieces[1:]:
@@ -262,15 +378,20 @@ class GradientReducer:
             flight.work.wait()
         self._deliver(self._buckets[flight.bucket].slots, flight.values.float().mul_(1.0 / self.groups.world_size))
 
-    def _agree_on_late(self) -> list[int]:
-        """Buckets that some rank still has gradients for: tensors used again after their bucket was sent."""
-        if self.groups.world is None:
-            return sorted(self._late)
-        flags = torch.zeros(len(self._buckets), dtype=torch.int32)
-        flags[list(self._late)] = 1
-        flags = flags.to(self.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.groups.world)
-        return flags.nonzero().flatten().tolist()
+    def _agree(self, unfilled: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Buckets that some rank still has gradients for (tensors used again after their bucket left), and those that
+        some rank had not filled. One number for each bucket: the ranks that lack it, and `base` times those it is late
+        on."""
+        base = self.groups.world_size + 1
+        numbers = torch.zeros(len(self._buckets), dtype=torch.int32)
+        numbers[list(unfilled)] += 1
+        numbers[list(self._late)] += base
+        numbers = numbers.to(self.device)
+        if self.groups.world is not None:
+            dist.all_reduce(numbers, group=self.groups.world)
+        found = numbers.tolist()
+        late = [index for index, number in enumerate(found) if number >= base]
+        return late, [index for index, number in enumerate(found) if number % base]
 
 
 def _plan_buckets(counts: Sequence[Sequence[int]], bucket_numel: int, rank: int) -> list[_Bucket]:
@@ -296,3 +417,30 @@ def _starts_in_bucket(counts: Sequence[Sequence[int]], buckets: Sequence[_Bucket
             starts[slot] = position
             position += sum(counts[slot])
     return starts
+
+
+def _rows_in_bucket(counts: Sequence[Sequence[int]], buckets: Sequence[_Bucket]) -> dict[int, list[_Rows]]:
+    """Where every slot's entries stand in buckets that stand owner after owner.
+
+    The first owners have equally many entries of every slot, so theirs are one strided block; the last ones, whose
+    pieces of a tensor are short or empty, come one by one.
+    """
+    rows: dict[int, list[_Rows]] = {}
+    for bucket in buckets:
+        size, stride = len(bucket.send_splits), bucket.send_splits[0]
+        num_alike = min(_num_like_first(counts[slot]) for slot in bucket.slots)
+        begins = list(accumulate(bucket.send_splits, initial=0))[:size]
+        for slot in bucket.slots:
+            row = counts[slot]
+            block = _Rows(0, num_alike, row[0], begins[0], stride)
+            rest = [_Rows(owner, 1, row[owner], begins[owner], row[owner]) for owner in range(num_alike, size)]
+            rows[slot] = [run for run in (block, *rest) if run.count]
+            begins[0] += row[0]
+            for owner in range(num_alike, size):
+                begins[owner] += row[owner]
+    return rows
+
+
+def _num_like_first(row: Sequence[int]) -> int:
+    """How many leading numbers equal the first."""
+    return next((place for place, number in enumerate(row) if number != row[0]), len(row))

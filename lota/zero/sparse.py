@@ -18,6 +18,7 @@ from lota.zero.checkpoint import Vector
 from lota.zero.layout import Slot, owned_range, partition_numel
 from lota.zero.reduction import GradientReducer, ReductionGroups
 from lota.zero.state import CompactState
+from lota.zero.step_gradients import StepGradients
 from lota.zero.update import Update
 from lota.zero.whole import WholeGradients
 
@@ -59,7 +60,7 @@ class SparseTraining:
     ) -> None:
         assert not (once_per_step and reduces_whole)
         self.update, self.groups, self.device = update, groups, device
-        self.tensor_groups, self._once_per_step = tuple(tensor_groups), once_per_step
+        self.tensor_groups = tuple(tensor_groups)
         origins: dict[str, int] = {}
         if update.rounding_seed is not None:
             self.tensor_groups = _one_by_one(self.tensor_groups, groups.shard_size)
@@ -83,21 +84,22 @@ class SparseTraining:
         self._order = list(self._place.values())
         self.wire = wire
         self._whole: WholeGradients | None = None
-        if reduces_whole:
+        if reduces_whole and not groups.is_one_rank:
             self._whole = WholeGradients([slot.numel for _, slot in self._order], groups.shard_size, bucket_numel)
             self._entries = self._entries_of_stretches()
-        self._reducer = GradientReducer(
-            [slot.counts for _, slot in self._order] if self._whole is None else self._whole.counts,
-            bucket_numel=bucket_numel,
-            groups=groups,
-            deliver=self._deliver if self._whole is None else self._deliver_whole,
-            device=device,
-            once_per_step=once_per_step,
-            wire=wire,
-        )
-        self._is_unsent = False
-        self._has_gradients = False
-        self.num_reductions = 0
+        self._reducer: GradientReducer | None = None
+        if not groups.is_one_rank:
+            self._reducer = GradientReducer(
+                [slot.counts for _, slot in self._order] if self._whole is None else self._whole.counts,
+                bucket_numel=bucket_numel,
+                groups=groups,
+                deliver=self._deliver if self._whole is None else self._deliver_whole,
+                device=device,
+                once_per_step=once_per_step,
+                wire=wire,
+                by_owner=reduces_whole,
+            )
+        self._gradients = StepGradients(self._reducer)
         self.num_steps = 0
         self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.extra: Callable[[], list[Vector]] = list
@@ -134,24 +136,27 @@ class SparseTraining:
         for (state, slot), slots in zip(self._order, self._whole.slots, strict=True):
             entries, index = state.entries(slot), state.local_index
             edges = [slot.local_origin + self._whole.stretches[position].offset for position in slots]
-            bounds = index.entries_before(torch.tensor(edges, device=index.base.device)).tolist() + [entries.stop]
+            where = torch.tensor(edges, dtype=torch.int64, device=index.base.device)
+            bounds = [*index.entries_before(where).tolist(), entries.stop]
             found += [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
         return found
 
     def add_gradient(self, name: str, gradient: Tensor) -> None:
         """Hand a tensor's gradient (any float dtype, whole tensor) to the reduction, compacted first if it can be."""
-        self._has_gradients = True
+        self._gradients.arrive()
+        reducer, flat = self._reducer, gradient.reshape(-1)
+        if reducer is None:
+            self._accumulate(name, flat)
+            return
         if self._whole is not None:
-            flat = gradient.reshape(-1)
             for position in reversed(self._whole.slots[self._position[name]]):  # the order of buckets
-                self._reducer.add(position, self._whole.writer(position, flat))
+                reducer.add_rows(position, self._whole.writer(position, flat))
             return
         state, slot = self._place[name]
         assert state.full_index is not None
         full_index = state.full_index
         stop = slot.full_start + slot.num_active
         span: dict[str, Any] = {"start": slot.full_start, "stop": stop, "origin": slot.full_origin}
-        flat = gradient.reshape(-1)
 
         def write(out: Tensor, is_first: bool) -> None:
             if is_first:
@@ -159,13 +164,23 @@ class SparseTraining:
             else:
                 gather_add_(out, flat, full_index, **span)
 
-        self._reducer.add(self._position[name], write)
+        reducer.add(self._position[name], write)
+
+    def _accumulate(self, name: str, flat: Tensor) -> None:
+        """One rank owns every entry: no bucket, the accumulator itself."""
+        state, slot = self._place[name]
+        index = state.local_index if state.full_index is None else state.full_index
+        entries = state.entries(slot)
+        span: dict[str, Any] = {"start": slot.full_start, "stop": slot.full_start + slot.num_active}
+        span["origin"] = slot.full_origin
+        if index.base.device == state.gradient.device:
+            gather_add_(state.gradient[entries], flat.to(index.base.device), index, **span)
+        else:  # offloaded weights: gathered where the gradient is, so that only active entries move
+            state.accumulate(slot, gather(flat, index, **span))
 
     def finish_backward(self, last: bool) -> None:
         """After every backward (`last`: of the step): reduce and accumulate what is left. Collective."""
-        self._is_unsent = self._once_per_step and not last
-        self._reducer.finish(last)
-        self.num_reductions += int(last or not self._once_per_step)
+        self._gradients.finish_backward(last)
 
     def step(self, settings: Sequence[dict[str, Any]], clip: float, loss_scale: float) -> tuple[Tensor, Tensor]:
         """Clip by the norm over active entries, update, scatter, zero the gradients. Collective.
@@ -174,8 +189,7 @@ class SparseTraining:
         gradient before clipping and the skip flag (a non-finite norm on any rank), as device scalars; a skipped step
         changes nothing but the gradients.
         """
-        if self._is_unsent:  # the end of the step was only known after the last backward
-            self.finish_backward(True)
+        self._gradients.complete()
         norm = self._squared_norm().sqrt() / loss_scale
         skip = ~torch.isfinite(norm)
         if self.groups.replica is not None:
@@ -191,7 +205,7 @@ class SparseTraining:
         self.update.step(self.states, settings, scale.float().to(where), skip.to(where))
         for state in self.states:
             state.gradient.zero_()
-        self._has_gradients = False
+        self._gradients.end_step()
         self.num_steps += 1
         self._num_skipped += skip
         return norm, skip
@@ -207,8 +221,7 @@ class SparseTraining:
     def not_finite(self) -> dict[str, Tensor]:
         """For each tensor whether this rank's part of its gradient is not finite, before the step: bool scalars on the
         device. In the order of backward, roughly. Collective where the gradients still have to be sent."""
-        if self._is_unsent:
-            self.finish_backward(True)
+        self._gradients.complete()
         return {
             name: (~torch.isfinite(state.gradient[state.entries(slot)])).any().to(self.device)
             for name, (state, slot) in reversed(self._place.items())
@@ -216,12 +229,9 @@ class SparseTraining:
 
     def discard_gradients(self) -> None:
         """Forget the gradients of the step so far (`zero_grad`)."""
-        if not self._has_gradients:
-            return
-        self._has_gradients = self._is_unsent = False
-        self._reducer.discard()
-        for state in self.states:
-            state.gradient.zero_()
+        if self._gradients.discard():
+            for state in self.states:
+                state.gradient.zero_()
 
     def current_values(self, name: str, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         """This rank's values of a tensor's active entries (bits of the weights, or fp32 masters) and the base's."""
@@ -233,7 +243,7 @@ class SparseTraining:
         return state.values(entries.start, entries.stop).cpu(), base
 
     def is_mid_step(self) -> bool:
-        return self._has_gradients
+        return self._gradients.is_pending
 
     def numbers(self) -> dict[str, Any]:
         """Counts that a checkpoint keeps, and what the update keeps beside its moments."""
@@ -263,11 +273,16 @@ class SparseTraining:
     def num_skipped(self) -> int:
         return int(self._num_skipped)
 
+    @property
+    def num_reductions(self) -> int:
+        """How often gradients were reduced: once a backward, or once a step."""
+        return self._gradients.num_reductions
+
     def bytes_sent(self) -> int:
-        return self._reducer.bytes_sent
+        return self._gradients.bytes_sent
 
     def buffer_bytes(self) -> int:
-        return self._reducer.buffer_bytes
+        return self._gradients.buffer_bytes
 
     def nbytes(self) -> dict[str, int]:
         """Bytes this rank holds beside the weights, by kind."""

@@ -25,7 +25,7 @@ from lota.zero.base import differing, dtype_name, replicas_agree
 from lota.zero.buffers import StoredBuffers
 from lota.zero.delivery import base_put_back, deliver
 from lota.zero.frozen import Freeze
-from lota.zero.groups import check_shard_group_size, make_groups
+from lota.zero.groups import check_shard_group_size, connect, make_groups
 from lota.zero.new_tensors import model_facts, new_tensors, refuse_new
 from lota.zero.outline import MaskOutline
 from lota.zero.run import BUCKET_NUMEL, BlockRun, communication_dtype
@@ -157,6 +157,7 @@ class SparseRun(BlockRun):
             given.check_base(name, given.shape(name), identities[name].dtype, identities[name].fingerprint)
         self._kernels = backend_name(tensor_groups[0].weights.device)
         self._decide_reduction(optimizer, engine, tensor_groups[0].weights.device)
+        connect(self.groups.reduction, self.device)
         self.core = SparseTraining(
             tensor_groups,
             mask,

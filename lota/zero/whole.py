@@ -35,8 +35,7 @@ class WholeGradients:
         for tensor, numel in enumerate(numels):
             first = len(self.stretches)
             for offset in range(0, partition_numel(numel, size), self._length):
-                counts = tuple(stop - start for start, stop in self._spans(numel, offset))
-                self.stretches.append(Stretch(tensor, offset, counts))
+                self.stretches.append(Stretch(tensor, offset, self._counts(numel, offset)))
             self.slots.append(range(first, len(self.stretches)))
 
     @property
@@ -44,28 +43,24 @@ class WholeGradients:
         """What `GradientReducer` wants to know."""
         return [stretch.counts for stretch in self.stretches]
 
-    def _spans(self, numel: int, offset: int) -> list[tuple[int, int]]:
-        """The flat positions `start, stop` of one stretch on every rank (empty beyond a rank's real piece)."""
-        spans = []
-        for rank in range(self._size):
-            start, stop = owned_range(numel, self._size, rank)
-            first = min(start + offset, stop)
-            spans.append((first, min(first + self._length, stop)))
-        return spans
+    def _counts(self, numel: int, offset: int) -> tuple[int, ...]:
+        """How many entries of one stretch every rank owns: none beyond its real piece, which is short or empty on the
+        last ranks."""
+        spans = (owned_range(numel, self._size, rank) for rank in range(self._size))
+        return tuple(min(max(stop - start - offset, 0), self._length) for start, stop in spans)
 
-    def writer(self, slot: int, gradient: Tensor) -> Callable[[Tensor, bool], None]:
-        """`write(out, is_first)` of one slot from a tensor's flat gradient (any float dtype)."""
+    def writer(self, slot: int, gradient: Tensor) -> Callable[[int, Tensor, bool], None]:
+        """`write(owner, out, is_first)` of one slot, for `GradientReducer.add_rows`, from a tensor's flat gradient (any
+        float dtype): one strided copy for all owners with equally many entries."""
         stretch = self.stretches[slot]
-        spans = self._spans(self._numels[stretch.tensor], stretch.offset)
+        piece = partition_numel(self._numels[stretch.tensor], self._size)
 
-        def write(out: Tensor, is_first: bool) -> None:
-            filled = 0
-            for start, stop in spans:
-                piece = out[filled : filled + stop - start]
-                if is_first:
-                    piece.copy_(gradient[start:stop])
-                else:
-                    piece.add_(gradient[start:stop])
-                filled += stop - start
+        def write(owner: int, out: Tensor, is_first: bool) -> None:
+            start = gradient.storage_offset() + owner * piece + stretch.offset
+            rows = gradient.as_strided(out.shape, (piece, 1), start)
+            if is_first:
+                out.copy_(rows)
+            else:
+                out.add_(rows)
 
         return write

@@ -58,6 +58,15 @@ def test_options(ranks, options):
     _check(ranks, "llama", "lota 0.1", options)
 
 
+@pytest.mark.parametrize(("method", "options"), [("gradient", {}), ("lota 0.1", {"reduce_every": "step"})])
+def test_one_rank(ranks, method, options):
+    """Without anybody to reduce with there are no buckets, and no sums of micro steps beside the accumulators."""
+    _check(ranks, "llama", method, options, world=1)
+    for result in ranks(1).run(counted, "llama", method, options):
+        assert "sums of micro steps" not in result["planned"].work
+        assert result["planned"].work["reduction buffers"] == result["report"]["bytes_held"]["buffers"] == 0
+
+
 OFFLOAD = {"offload_param": {"device": "cpu", "pin_memory": False}}
 
 

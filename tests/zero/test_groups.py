@@ -1,4 +1,4 @@
-"""Which ranks share the weights: numbers, nodes and the world, and what is refused."""
+"""Which ranks share the weights: numbers, nodes and the world, what is refused, and that groups are connected early."""
 
 from __future__ import annotations
 
@@ -94,3 +94,63 @@ def _differing() -> None:
     import torch
 
     cases.sparse_run(cases.make_masks(), 1, 1, shard_group_size=1 + torch.distributed.get_rank())
+
+
+def _collectives(folder: str, shard_group_size: int, reduction: str) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Kinds and ranks of the collectives on groups that carry gradients: while the engine is built, and afterwards."""
+    import deepspeed
+    import torch
+    from torch import distributed as dist
+    from torch.nn import functional as F
+
+    import lota
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found: dict[str, list[tuple[str, tuple[int, ...]]]] = {"built": [], "trained": []}
+    when = "built"
+    names = ("all_to_all_single", "all_reduce", "send", "recv", "isend", "irecv", "batch_isend_irecv")
+    originals = {name: getattr(dist, name) for name in names}
+
+    def seen(name: str, *args: object, **kwargs: object) -> object:
+        group = kwargs.get("group")
+        if group is not None:
+            found[when].append((name, tuple(dist.get_process_group_ranks(group))))
+        return originals[name](*args, **kwargs)
+
+    model = cases.make_model()
+    mask = lota.Mask.from_dense(cases.make_masks())
+    try:
+        for name in names:
+            setattr(dist, name, lambda *args, _name=name, **kwargs: seen(_name, *args, **kwargs))
+        with lota.sparse_zero3(mask, shard_group_size=shard_group_size, gradient_reduction=reduction) as run:
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=cases.default_optimizer(model), config=cases.config(1, world)
+            )
+            when = "trained"
+            ((x, flags, target),) = cases.micro_batches(1, 1)
+            rows = slice(rank * cases.ROWS // world, (rank + 1) * cases.ROWS // world)
+            engine.backward(F.cross_entropy(engine(x[rows], flags[rows]), target[rows]))
+            engine.step()
+            run.save_ticket(folder)
+            weights = cases.gathered(engine.module)
+            engine.destroy()
+    finally:
+        for name, function in originals.items():
+            setattr(dist, name, function)
+    if rank == 0:
+        ticket = lota.Ticket.load(folder)
+        for name in ticket.names:
+            positions = mask.indices(name)
+            assert torch.equal(ticket.values(name), weights[name].flatten()[positions])
+            assert torch.equal(ticket.base_values(name), cases.make_model().get_parameter(name).flatten()[positions])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world", "size", "reduction"), [(2, 2, "compact"), (2, 1, "compact"), (4, 2, "dense"), (4, 4, "compact")]
+)
+def test_no_communicator_is_made_after_the_engine_is_built(ranks, tmp_path, world, size, reduction):
+    """NCCL makes one at the first collective of a group, and one for a pair of ranks at their first send."""
+    for found in ranks(world).run(_collectives, str(tmp_path / "ticket"), size, reduction):
+        assert found["trained"] and set(found["trained"]) <= set(found["built"])
+        assert {kind for kind, _ in found["trained"]} <= {"all_to_all_single", "all_reduce"}

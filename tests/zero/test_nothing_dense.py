@@ -163,6 +163,7 @@ def test_held_and_sent(ranks, density, world, shard_group_size, gradient_reducti
         whole, share = (1 if is_compact else 0), (0 if is_compact and shards == 1 else 1 / shards)
         assert 2 * whole <= per_entry <= 4.2 * (whole + 2 * share), "a share may be twice an even one"
         assert result["has_whole_index"] == is_compact
+        assert (result["report"]["bytes_held"]["buffers"] == 0) == (world == 1), "nobody to reduce with, no buckets"
         carried = 4 * result["report"]["reductions"]
         within_group = carried * result["eligible"] * (density if is_compact else 1) if shards > 1 else 0
         owned = result["local_active"] if is_compact else result["eligible"] / shards
