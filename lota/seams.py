@@ -17,6 +17,7 @@ from lota.selection import (
     candidates,
     check,
     check_unprotected,
+    dense_tensors,
     select,
     validate_budget,
     validate_density,
@@ -178,7 +179,7 @@ def sparse_zero3(
         )
     run = SparseRun(
         _as_mask(mask),
-        dense=dense,
+        dense=lambda shapes: dense_tensors(shapes, dense),
         shard_group_size=shard_group_size,
         gradient_reduction=gradient_reduction,
         once_per_step=reduce_every == "step",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lota.selection import Candidates
 from lota.ticket import BaseTensor
 from lota.ticket.rows import Rows, span
 from lota.ticket.rows import whole as all_rows
@@ -27,6 +26,17 @@ from lota.zero.skipped import DEFAULT_MAX_SKIPPED_STEPS
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+class TakingPart(Protocol):
+    """Who takes part, as `lota.selection.candidates` finds it."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def rows(self) -> Mapping[str, Rows]: ...
+    @property
+    def dense(self) -> Mapping[str, Rows]: ...
+
+
 class CalibrationRun(BlockRun):
     """Scores of the eligible tensors.
 
@@ -40,7 +50,7 @@ class CalibrationRun(BlockRun):
     def __init__(
         self,
         score: str,
-        choose: Callable[[Shapes, Shapes], Candidates],
+        choose: Callable[[Shapes, Shapes], TakingPart],
         check: Callable[[Shapes, Mapping[str, Rows], Mapping[str, BaseTensor] | None], None],
         max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
     ) -> None:

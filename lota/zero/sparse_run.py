@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,8 +15,8 @@ from deepspeed.accelerator import get_accelerator
 
 from lota import plan
 from lota.kernels import backend_name
-from lota.selection import dense_tensors
 from lota.ticket import Mask
+from lota.ticket.rows import Rows
 from lota.wording import did_you_mean
 from lota.zero import engine as engines
 from lota.zero import weights
@@ -40,6 +40,7 @@ _LOG = logging.getLogger("lota")
 class SparseRun(BlockRun):
     """Sparse training on a mask.
 
+    dense(shapes of parameters and persistent buffers): which of them train whole, and which rows of them.
     outline: names, shapes, counts and identity of the mask. Its indices are read when the engine is built; afterwards
     only rank 0 keeps them, for the ticket.
     """
@@ -54,7 +55,7 @@ class SparseRun(BlockRun):
         shard_group_size: int | str | None,
         gradient_reduction: str,
         once_per_step: bool,
-        dense: Sequence[str] | None = None,
+        dense: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, Rows]] | None = None,
         max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
         rounding_seed: int | None = None,
     ) -> None:
@@ -87,7 +88,7 @@ class SparseRun(BlockRun):
         _check_same_on_all_ranks(given.digest, self.device)
         buffers = weights.buffers(model)
         shapes, buffer_shapes = weights.shapes(model), {name: tuple(buffer.shape) for name, buffer in buffers.items()}
-        named = dense_tensors(buffer_shapes | shapes, self._dense)
+        named = self._dense(buffer_shapes | shapes) if self._dense is not None else {}
         mask = given.with_dense({name: ((buffer_shapes | shapes)[name], rows) for name, rows in named.items()}, {})
         self._check_fits(mask, given, model, config)
         self._new = new_tensors(model) | {name: base.rows for name, base in given.base.items() if base.rows is not None}
