@@ -125,7 +125,8 @@ class TileIndex:
         """
         if not 0 <= start <= stop <= self.numel:
             raise ValueError(f"elements {start}:{stop} lie outside the index's space of {self.numel}")
-        first, last = self.entries_before(torch.tensor([start, stop], dtype=torch.int64, device=self.base.device)).tolist()
+        edges = torch.tensor([start, stop], dtype=torch.int64, device=self.base.device)
+        first, last = self.entries_before(edges).tolist()
         pieces = (chunk.sub_(start) for chunk in self.chunks(first, last))
         span = self._span(first, last)
         return TileIndex.from_pieces(pieces, last - first, stop - start, self.base.device, span=span)

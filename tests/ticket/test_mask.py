@@ -164,3 +164,10 @@ def test_messages() -> None:
         Mask.from_dense({"": torch.ones(1, dtype=torch.bool)})
     with pytest.raises(ValueError, match=r"string of Unicode"):
         Mask.from_dense({"\ud800": torch.ones(1, dtype=torch.bool)})
+
+
+def test_positions_outside_the_rows_that_take_part_are_refused_however_they_are_asked_for() -> None:
+    mask = Mask.from_indices({"a": ((10, 4), torch.tensor([3, 5]))}, rows={"a": (1, 3)})
+    for ask in (mask.indices, lambda name: list(mask.chunks(name))):
+        with pytest.raises(ValueError, match=r"a: expected positions in 4:12, the rows that take part, got 3 to 5"):
+            ask("a")
