@@ -3,6 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lota import apply as apply
+    from lota import checkpoint as checkpoint
+    from lota import export as export
+    from lota import kernels as kernels
+    from lota import optim as optim
+    from lota import plan as plan
+    from lota import selection as selection
+    from lota import ticket as ticket
     from lota.apply import apply_, exchange_
     from lota.seams import calibration_zero3, sparse_zero3
     from lota.ticket import Mask, Ticket
@@ -15,14 +23,21 @@ _HOMES = {
     "exchange_": "lota.apply",
     "sparse_zero3": "lota.seams",
 }
+_SUBMODULES = ("apply", "checkpoint", "export", "kernels", "optim", "plan", "selection", "ticket")
 
 __all__ = ["Mask", "Ticket", "apply_", "calibration_zero3", "exchange_", "sparse_zero3"]
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use: `import lota` alone loads neither torch nor DeepSpeed."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lota' has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _SUBMODULES:
+        return import_module(f"lota.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lota' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})

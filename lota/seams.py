@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lota.kernels import CHOICES as KERNELS
@@ -18,10 +21,13 @@ from lota.selection import (
     check,
     check_unprotected,
     dense_tensors,
+    left_out,
+    left_out_lines,
     select,
     validate_budget,
     validate_density,
 )
+from lota.selection.kinds import IN_BLOCKS
 from lota.ticket import Mask, Ticket
 from lota.wording import did_you_mean
 from lota.zero.calibration_run import CalibrationRun
@@ -30,6 +36,9 @@ from lota.zero.scores import SCORES
 from lota.zero.skipped import DEFAULT_MAX_SKIPPED_STEPS
 from lota.zero.sparse_run import SparseRun
 from lota.zero.world import join_world
+
+_LOG = logging.getLogger("lota")
+_WORTH_A_WARNING = 0.01  # of the weights, inside blocks and yet left out
 
 GRADIENT_REDUCTIONS = ("auto", "compact", "dense")
 
@@ -73,8 +82,12 @@ class Calibration:
         return mask
 
     def report(self) -> dict[str, Any]:
-        """Bytes this rank held, by kind; eligible entries; steps; after `mask()` also what was selected."""
+        """Bytes this rank held, by kind; eligible entries; what was left out; steps; after `mask()` also what was
+        selected."""
         report = self._report if self._report is not None else self._run.report()
+        report["left_out"] = [
+            asdict(row) for row in left_out(self._run.model_shapes, {*self._run.names, *self._run.dense})
+        ]
         if self.selection is None:
             return report
         chosen = self.selection
@@ -118,9 +131,14 @@ def calibration_zero3(
     validate_budget(budget)
     masks = [_as_mask(item) for item in protect]
 
-    def choose(shapes: Mapping[str, tuple[int, ...]], buffers: Mapping[str, tuple[int, ...]]) -> Candidates:
-        chosen = candidates(shapes, include, exclude, dense, buffers)
+    def choose(
+        trainable: Mapping[str, tuple[int, ...]],
+        model: Mapping[str, tuple[int, ...]],
+        buffers: Mapping[str, tuple[int, ...]],
+    ) -> Candidates:
+        chosen = candidates(trainable, include, exclude, dense, buffers)
         check_unprotected(chosen.dense, masks)
+        _log_left_out(model, {*chosen.names, *chosen.dense}, include is not None or exclude is not None)
         return chosen
 
     run = CalibrationRun(
@@ -128,6 +146,7 @@ def calibration_zero3(
         choose,
         lambda shapes, rows, base: check(shapes, density=density, budget=budget, protect=masks, base=base, rows=rows),
         max_skipped_steps,
+        names_adapters=include is not None,
     )
     with _block(run):
         yield Calibration(run, density, budget, masks, seed)
@@ -203,6 +222,17 @@ def _block(run: CalibrationRun | SparseRun) -> Iterator[None]:
     finally:
         hook.remove()
         run.close(has_failed)
+
+
+def _log_left_out(model: Mapping[str, tuple[int, ...]], taken: Collection[str], is_asked: bool) -> None:
+    """What of the model is left out, on rank 0: as a warning where nobody may expect it."""
+    if dist.get_rank() > 0:
+        return
+    rows = left_out(model, taken)
+    inside = sum(row.share for row in rows if row.kind in IN_BLOCKS)
+    level = logging.INFO if is_asked or inside < _WORTH_A_WARNING else logging.WARNING
+    for line in left_out_lines(rows):
+        _LOG.log(level, line)
 
 
 def _as_mask(item: Any) -> Mask:

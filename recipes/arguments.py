@@ -63,7 +63,7 @@ class LotaArguments(SourceArguments):
     protect: list[str] | None = field(default=None, metadata={"help": "Tickets whose entries must not be chosen."})
     include: list[str] | None = field(
         default=None,
-        metadata={"help": "Patterns of tensor names (or of rows: name[a:b]), instead of attention and MLP weights."},
+        metadata={"help": "Patterns of tensors, or rows name[a:b], instead of (`default`) all matrices of the blocks."},
     )
     exclude: list[str] | None = field(default=None, metadata={"help": "Patterns of tensor names to leave out."})
     dense: list[str] | None = field(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from lota import plan
-from lota.selection import candidates, eligible
+from lota.selection import candidates, eligible, left_out, left_out_lines
 from lota.ticket import Mask
 from lota.zero.groups import check_shard_group_size, local_size
 from recipes import deepspeed_options
@@ -24,7 +24,7 @@ def say_plan(args: LotaArguments, config: Config) -> None:
         return
     try:
         layout = layout_of(args, config)
-        lines = plan.short_lines(plans_of(args, config, layout), layout)
+        lines = [*plan.short_lines(plans_of(args, config, layout), layout), *lines_of_left_out(args, config)]
     except (ValueError, OSError, ImportError) as error:
         lines = [f"no plan: {error}"]
     for line in lines:
@@ -33,11 +33,24 @@ def say_plan(args: LotaArguments, config: Config) -> None:
 
 def plans_of(args: LotaArguments, config: Config, layout: plan.Layout) -> list[plan.MethodPlan]:
     """The phases of this run, in order."""
-    assert args.model_name_or_path is not None
-    dtype = str(training_dtype(config)).removeprefix("torch.")
-    model = plan.read_model(args.model_name_or_path, revision=args.model_revision, dtype=dtype)
+    model = _model(args, config)
     plans = _phases(args, model, layout)
     return [_with_reference(one, model, layout) for one in plans] if needs_reference(args, config) else plans
+
+
+def lines_of_left_out(args: LotaArguments, config: Config) -> list[str]:
+    """What the calibration of this run, if it has one, leaves out of the model."""
+    if args.method != "lota" or args.mask is not None:
+        return []
+    shapes = _model(args, config).shapes
+    chosen = candidates(shapes, args.include, args.exclude, args.dense)
+    return left_out_lines(left_out(shapes, {*chosen.names, *chosen.dense}))
+
+
+def _model(args: LotaArguments, config: Config) -> plan.ModelShapes:
+    assert args.model_name_or_path is not None
+    dtype = str(training_dtype(config)).removeprefix("torch.")
+    return plan.read_model(args.model_name_or_path, revision=args.model_revision, dtype=dtype)
 
 
 def _phases(args: LotaArguments, model: plan.ModelShapes, layout: plan.Layout) -> list[plan.MethodPlan]:

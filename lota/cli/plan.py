@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from lota.cli.parsers import add_command
 if TYPE_CHECKING:
     from lota.plan import Layout, MethodPlan, ModelShapes
     from lota.plan.advice import Choice
+    from lota.selection import LeftOut
 
 METHODS = ("full", "lora", "calibration", "lota")
 SCORES = ("task_vector", "gradient", "fisher", "snip", "magnitude", "random")
@@ -52,7 +53,7 @@ lota plan models/llama-8b --ranks 8 --json | python -m json.tool""",
     )
     add("--reduce_every", default="micro_step", choices=("micro_step", "step"), help="reduce gradients so (micro_step)")
     add("--lora_rank", type=int, default=16, help="of the adapters that LoRA is planned with (16)")
-    add("--include", action="append", help="pattern of tensor names, instead of attention and MLP weights; repeatable")
+    add("--include", action="append", help="pattern of tensor names, instead of all blocks' (default); repeatable")
     add("--exclude", action="append", help="pattern of tensor names to leave out; repeatable")
     add("--dense", action="append", help="pattern of tensors (or rows, name[a:b]) to train whole besides; repeatable")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro steps in a step (1)")
@@ -67,6 +68,7 @@ lota plan models/llama-8b --ranks 8 --json | python -m json.tool""",
 
 def run(args: argparse.Namespace) -> None:
     from lota.plan import Layout, advise, format_bytes, parse_bytes, read_model, table
+    from lota.selection import eligible, left_out, left_out_lines
 
     memory = None if args.memory is None else parse_bytes(args.memory)
     layout = Layout(
@@ -83,15 +85,16 @@ def run(args: argparse.Namespace) -> None:
     choices = make_choices(args, model, layout, memory)
     plans = [choice.make(choice) for choice in choices]
     advice = [] if memory is None else [line for choice in choices for line in advise(choice, memory)]
+    rows = [] if args.mask is not None else left_out(model.shapes, eligible(model.shapes, args.include, args.exclude))
     if args.json:
-        print(json.dumps(as_json(model, layout, plans, advice), indent=2))
+        print(json.dumps(as_json(model, layout, plans, advice, rows), indent=2))
         return
     nodes = f" on {layout.num_nodes} nodes" if layout.num_nodes > 1 else ""
     group = f", shard groups of {layout.shard_size}" if layout.shard_size < layout.ranks else ""
     print(f"{model.name}: {model.numel() / 1e9:.4g}B parameters, {layout.ranks} ranks{nodes}{group}, {args.dtype}\n")
     print(table(plans, layout, memory))
     notes = [plan.note for plan in plans if plan.note]
-    print("\n" + "\n".join([*notes, *advice]) if notes or advice else "")
+    print("\n" + "\n".join([*notes, *left_out_lines(rows), *advice]) if notes or rows or advice else "")
     if memory is not None:
         print(f"A plan fits where its peak is at most {format_bytes(memory)}; leave some of it for activations.")
 
@@ -179,7 +182,9 @@ def _load_mask(path: Path, model: ModelShapes) -> Any:
     return mask
 
 
-def as_json(model: ModelShapes, layout: Layout, plans: list[MethodPlan], advice: list[str]) -> dict[str, Any]:
+def as_json(
+    model: ModelShapes, layout: Layout, plans: list[MethodPlan], advice: list[str], left_out: list[LeftOut]
+) -> dict[str, Any]:
     """All integers of the plans."""
     rows = []
     for plan in plans:
@@ -207,4 +212,11 @@ def as_json(model: ModelShapes, layout: Layout, plans: list[MethodPlan], advice:
                 "outcome": plan.product,
             }
         )
-    return {"model": model.name, "parameters": model.numel(), "ranks": layout.ranks, "plans": rows, "advice": advice}
+    return {
+        "model": model.name,
+        "parameters": model.numel(),
+        "ranks": layout.ranks,
+        "plans": rows,
+        "left_out": [asdict(row) for row in left_out],
+        "advice": advice,
+    }

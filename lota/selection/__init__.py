@@ -3,16 +3,20 @@
 from lota.selection.budget import validate_budget, validate_density
 from lota.selection.candidates import Candidates, candidates, check_unprotected, dense_tensors
 from lota.selection.eligible import eligible
+from lota.selection.left_out import LeftOut, left_out, left_out_lines
 from lota.selection.select import Selection, check, select
 
 __all__ = [
     "Candidates",
+    "LeftOut",
     "Selection",
     "candidates",
     "check",
     "check_unprotected",
     "dense_tensors",
     "eligible",
+    "left_out",
+    "left_out_lines",
     "select",
     "validate_budget",
     "validate_density",

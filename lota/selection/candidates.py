@@ -43,7 +43,7 @@ def candidates(
 def dense_tensors(named_shapes: Mapping[str, Sequence[int]], patterns: Sequence[str] | None) -> dict[str, Rows]:
     """The tensors that match, with the rows that were named."""
     plain, rows = split_rows(patterns, named_shapes, "dense")
-    matched = matching(list(named_shapes), plain, "dense") or set()
+    matched = matching(list(named_shapes), plain, "dense")
     return {name: rows.get(name, whole(shape)) for name, shape in named_shapes.items() if name in matched}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from lota.selection.eligible import matching
+from lota.selection.eligible import DEFAULT, matching
 from lota.ticket.rows import Rows, whole
 
 _SUFFIX = re.compile(r"\[(-?\d*):(-?\d*)\]$")
@@ -28,7 +28,9 @@ def split_rows(
         suffix = _SUFFIX.search(pattern)
         glob = pattern[: suffix.start()] if suffix else pattern
         plain.append(glob)
-        for name in matching(list(named_shapes), [glob], option) or ():
+        if glob == DEFAULT and option == "include":
+            continue
+        for name in matching(list(named_shapes), [glob], option):
             rows = _rows(suffix, pattern, name, named_shapes[name]) if suffix else whole(named_shapes[name])
             named.setdefault(name, {})[rows] = pattern
     for name, ranges in named.items():

@@ -22,6 +22,7 @@ from lota.zero.new_tensors import new_tensors, refuse_new
 from lota.zero.run import BUCKET_NUMEL, BlockRun, communication_dtype
 from lota.zero.scores import GRADIENT_SCORES, GradientScores, Piece, TaskVectorScores, WeightScores, piece_of
 from lota.zero.skipped import DEFAULT_MAX_SKIPPED_STEPS
+from lota.zero.supported import check_no_adapters
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -40,9 +41,10 @@ class TakingPart(Protocol):
 class CalibrationRun(BlockRun):
     """Scores of the eligible tensors.
 
-    choose(shapes of trainable parameters, shapes of persistent buffers): who takes part. check(shapes, rows, base):
-    raises where selection could not work on these tensors; asked before anything is built (base None) and again when
-    the base's fingerprints are known.
+    choose(trainable, model, buffers): who takes part, from full shapes by name of what may be trained, of all
+    parameters and of the persistent buffers. check(shapes, rows, base): raises where selection could not work on these
+    tensors; asked before anything is built (base None) and again when the base's fingerprints are known.
+    names_adapters: the caller said which tensors may be trained, so adapters of PEFT may be among them.
     """
 
     is_sparse = False
@@ -50,15 +52,18 @@ class CalibrationRun(BlockRun):
     def __init__(
         self,
         score: str,
-        choose: Callable[[Shapes, Shapes], TakingPart],
+        choose: Callable[[Shapes, Shapes, Shapes], TakingPart],
         check: Callable[[Shapes, Mapping[str, Rows], Mapping[str, BaseTensor] | None], None],
         max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
+        names_adapters: bool = False,
     ) -> None:
         super().__init__(max_skipped_steps)
         self.score, self._choose, self._check = score, choose, check
+        self._names_adapters = names_adapters
         self.optimizer_class = None if score == "task_vector" else engines.CompactOptimizer
         self.names: tuple[str, ...] = ()
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.model_shapes: dict[str, tuple[int, ...]] = {}
         self.rows: Mapping[str, Rows] = {}
         self.dense: dict[str, tuple[tuple[int, ...], Rows]] = {}  # shape and rows of what trains whole
         self._trained: tuple[str, ...] = ()
@@ -66,10 +71,13 @@ class CalibrationRun(BlockRun):
 
     def prepare(self, model: torch.nn.Module, config: Any) -> None:
         weights.check_world_sharded(model, "")
-        shapes = weights.shapes(model)
+        if not self._names_adapters:
+            check_no_adapters(model)
+        shapes = self.model_shapes = weights.shapes(model)
         trainable = {name for name, param in model.named_parameters() if param.requires_grad}
         buffers = {name: tuple(buffer.shape) for name, buffer in weights.buffers(model).items()}
-        chosen = self._choose({name: shape for name, shape in shapes.items() if name in trainable}, buffers)
+        of_trainable = {name: shape for name, shape in shapes.items() if name in trainable}
+        chosen = self._choose(of_trainable, shapes, buffers)
         self.names, self.rows = chosen.names, chosen.rows
         self.shapes = {name: shapes[name] for name in self.names}
         known = buffers | shapes

@@ -20,6 +20,7 @@ from typing import Any, NoReturn, Protocol
 import deepspeed
 import deepspeed.comm
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload, stage3
@@ -30,6 +31,7 @@ from deepspeed.utils import log_dist
 from packaging.version import Version
 from torch import Tensor
 
+from lota.zero import saving
 from lota.zero.sparse import SparseTraining
 from lota.zero.supported import check_config, check_optimizer_class
 from lota.zero.weights import has_mixed_dtypes, regroup, shard_over_world
@@ -131,11 +133,11 @@ class LotaEngine(DeepSpeedEngine):
             self.run.claim()
             self._to_prepare = kwargs["model"], config
         super().__init__(*args, **kwargs)
-        self._is_destroyed = False
+        self._is_destroyed = self._has_refused_weights = False
         if self.is_lota and super().zero_gather_16bit_weights_on_model_save():
             log_dist(
-                "lota: stage3_gather_16bit_weights_on_model_save is off inside a lota block, so checkpoints hold no "
-                "dense weights; save the ticket, and apply it to the base for a whole model",
+                "lota: inside a lota block stage3_gather_16bit_weights_on_model_save is off for checkpoints, which "
+                "hold no dense weights; save_model() writes the trained model",
                 ranks=[0],
                 level=logging.WARNING,
             )
@@ -228,8 +230,33 @@ class LotaEngine(DeepSpeedEngine):
         )
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        """Never inside a block, whatever the configuration says: a checkpoint is the ticket's state, not the model."""
-        return super().zero_gather_16bit_weights_on_model_save() and not self.is_lota
+        """As the configuration says, but never for a Trainer's checkpoint: that is the ticket's state, not the model.
+        A script that asks for weights and gets none is told."""
+        is_asked = bool(super().zero_gather_16bit_weights_on_model_save())
+        if not self.is_lota:
+            return is_asked
+        if saving.is_in_trainers_checkpoint():
+            return False
+        if not is_asked:
+            saving.say_no_weights("save_model()")
+        self._has_refused_weights = not is_asked
+        return is_asked
+
+    def save_16bit_model(
+        self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+    ) -> bool:
+        """DeepSpeed's: the trained model where `stage3_gather_16bit_weights_on_model_save` is true, else a note."""
+        has_saved = super().save_16bit_model(save_dir, save_filename, exclude_frozen_parameters)
+        if self.is_lota and not has_saved:
+            self._leave_note(Path(save_dir))
+        return bool(has_saved)
+
+    def _leave_note(self, folder: Path) -> None:
+        """In a folder that was to hold the weights which were refused a moment ago."""
+        if self._has_refused_weights and dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            saving.write_note(folder)
+        self._has_refused_weights = False
 
     def save_checkpoint(
         self,
@@ -247,6 +274,7 @@ class LotaEngine(DeepSpeedEngine):
             return super().save_checkpoint(save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
         self.optimizer.checkpoint_event_prologue()
         self.run.save_checkpoint(Path(save_dir), tag, client_state or {}, save_latest)
+        self._leave_note(Path(save_dir))
         self.optimizer.checkpoint_event_epilogue()
         return True
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 
 def check_config(config: Any, *, is_sparse: bool, is_compact: bool, mpu: Any = None) -> None:
     """Raise ValueError for a `DeepSpeedConfig` that names something unsupported.
@@ -85,3 +87,17 @@ def check_optimizer_class(optimizer: Any) -> None:
             "the Muon optimizer is not supported: its update of a weight depends on the whole matrix. Use AdamW "
             "or RMSprop."
         )
+
+
+def check_no_adapters(model: torch.nn.Module) -> None:
+    """Raise ValueError for a model that PEFT wrapped or put adapters into: they alone are trainable, and a mask of
+    adapters is seldom what was meant."""
+    for name, module in model.named_modules():
+        if any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__):
+            where = f" ({type(module).__name__} at {name})" if name else f" ({type(module).__name__})"
+            raise ValueError(
+                f"the model holds adapters of PEFT{where}, so calibration would choose among their weights and not "
+                "among the model's. Pass the model without adapters, or merge them: model = model.merge_and_unload(); "
+                "model.requires_grad_(True). To train entries of the adapters, name them: "
+                'include=["*.lora_A.*", "*.lora_B.*"]'
+            )

@@ -1,4 +1,5 @@
-"""Exactly the weight matrices of attention and MLP blocks are eligible, on real models; patterns change that."""
+"""Exactly the weight matrices of the blocks are eligible, on real models; patterns change that, and what is left out is
+listed with the pattern that would include it."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from lota.selection import eligible
+from lota.selection import eligible, left_out, left_out_lines
 
 SMALL = {
     "vocab_size": 64,
@@ -110,7 +111,7 @@ def test_include_replaces_the_rule_and_exclude_takes_away():
         ({"exclude": ["*"]}, r"`exclude` takes away every weight matrix"),
         (
             {"include": ["*.mlp.*"], "exclude": ["*.mlp.*"]},
-            r"every tensor that `include` names is taken away by `exclude`",
+            r"`exclude` takes away every tensor that `include` names",
         ),
     ],
 )
@@ -119,8 +120,79 @@ def test_refusals(options, message):
         eligible(_shapes("Llama"), **options)
 
 
-def test_a_model_without_such_blocks_is_refused():
-    with pytest.raises(
-        ValueError, match="no tensor with two or more dimensions in a block named like attention or MLP"
-    ):
-        eligible({"encoder.weight": (4, 4), "mlp.bias": (4,)})
+def test_a_model_without_such_blocks_is_refused_with_a_pattern_that_works():
+    shapes = {"encoder.weight": (4, 4), "mlp.bias": (4,)}
+    with pytest.raises(ValueError, match=r"no weight matrix inside a block was found.*include=\['encoder\.weight'\]"):
+        eligible(shapes)
+    assert eligible(shapes, include=["encoder.weight"]) == ["encoder.weight"]
+    with pytest.raises(ValueError, match=r"no parameter of the model has requires_grad.*requires_grad_\(True\)"):
+        eligible({})
+
+
+def test_default_among_the_patterns_stands_for_the_rule():
+    shapes = _shapes("Llama")
+    assert set(eligible(shapes, include=["default", "lm_head.*"])) == {*eligible(shapes), "lm_head.weight"}
+    assert eligible(shapes, include=["default"], exclude=["*.mlp.*"]) == eligible(shapes, exclude=["*.mlp.*"])
+
+
+BLOCK = (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "is_eligible"),
+    [
+        ("layers.0.mixer.in_proj.weight", BLOCK, True),
+        ("layers.0.mixer.conv1d.weight", (8, 1, 4), False),  # depthwise
+        ("layers.0.conv.pointwise.weight", (8, 8, 1), True),
+        ("layers.0.mixer.A_log", BLOCK, False),
+        ("layers.0.experts.gate_up_proj", (2, 8, 8), True),
+        ("layers.0.mlp.gate.weight", BLOCK, False),
+        ("layers.0.attention.time_mix", (1, 1, 8), False),  # a vector
+        ("layers.0.attn.relative_bias.weight", BLOCK, False),
+        ("layers.0.extra", BLOCK, True),
+        ("some_prelayernorm.encoder.layer.0.output.dense.weight", BLOCK, True),
+        ("attention.query.weight", BLOCK, True),  # no list, but a name that says what it is
+        ("classifier.0.weight", BLOCK, False),  # a list, but of layers and not of blocks
+        ("fc.weight", BLOCK, False),
+        ("layers.0.mlp.rest.weight", (0, 8), False),
+        ("encoder.embed.0.proj.weight", BLOCK, False),
+    ],
+)
+def test_one_tensor(name, shape, is_eligible):
+    shapes = {"layers.7.mlp.up.weight": BLOCK, name: shape}
+    assert (name in eligible(shapes)) == is_eligible
+
+
+def test_towers_stay_out_beside_a_language_model_only():
+    text, vision = "model.language_model.layers.0.mlp.up.weight", "model.vision_tower.layers.0.mlp.up.weight"
+    encoder = "model.encoder.layers.0.mlp.up.weight"
+    assert eligible(dict.fromkeys((text, vision, encoder), BLOCK)) == [text]
+    assert eligible({vision: BLOCK}) == [vision]
+    assert eligible(dict.fromkeys((encoder, "model.decoder.layers.0.mlp.up.weight"), BLOCK))[0] == encoder
+    assert eligible(dict.fromkeys((text, vision), BLOCK), include=["default", "model.vision_tower.*"]) == [text, vision]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mixtral", "GPT2"])
+def test_what_is_left_out(family):
+    shapes = _shapes(family)
+    chosen = eligible(shapes)
+    rows = left_out(shapes, chosen)
+    total = sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert sum(row.numel for row in rows) == total - sum(torch.Size(shapes[name]).numel() for name in chosen)
+    assert sum(row.share for row in rows) == pytest.approx(
+        1 - sum(torch.Size(shapes[name]).numel() for name in chosen) / total
+    )
+    assert [row.numel for row in rows] == sorted((row.numel for row in rows), reverse=True)
+    for row in rows:  # the pattern includes these tensors, and no other kind
+        included = eligible(shapes, include=[row.pattern])
+        assert sum(torch.Size(shapes[name]).numel() for name in included) == row.numel
+        assert not set(included) & set(chosen)
+    assert left_out(shapes, shapes) == []
+
+
+def test_what_is_left_out_in_a_few_lines():
+    text = left_out_lines(left_out(_shapes("Mixtral"), eligible(_shapes("Mixtral"))))
+    assert len(text) == 3
+    assert "embeddings, heads, norms" in text[0] and "model.embed_tokens.weight" in text[0] and "lm_head" in text[0]
+    assert "router" in text[1] and 'included by "model.layers.*.mlp.gate.weight"' in text[1]
+    assert left_out_lines([]) == []
