@@ -22,7 +22,7 @@ help:
 	@echo "  make lint       ruff and mypy"
 	@echo "  make soak       kill ranks of a job 20 times at random moments and resume (about 15 minutes, 2 cores)"
 	@echo "  make bench      kernels and whole steps on this CPU, after their tests (about 5 minutes, 2 cores)"
-	@echo "  make bench-gpu  kernels on a GPU, after their tests"
+	@echo "  make bench-gpu  everything on one GPU: tests, kernels, whole steps of 1B and 8B (MINUTES=8, OUT=runs/bench/gpu)"
 	@echo "  make clean      remove $(VENV), runs/ and tool caches"
 	@echo
 	@echo "  PYTHON=python3.12 make install        another interpreter (3.10 to 3.13)"
@@ -63,9 +63,9 @@ bench: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.kernels
 	$(RUN) $(BIN)/python -m benchmarks.end_to_end
 
+# Machines with a GPU but without this Makefile's environment run the same command with a plain python3.
 bench-gpu: $(STAMP)
-	$(RUN) $(BIN)/python -m pytest -q -m gpu tests/kernels
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.kernels --device cuda
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.gpu --minutes $(or $(MINUTES),8) --out $(or $(OUT),runs/bench/gpu)
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

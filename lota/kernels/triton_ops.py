@@ -340,14 +340,18 @@ def adamw_kernel(
     rounding_ptr,
     origin,
     TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
     IS_COMPACT: tl.constexpr,
     IS_STOCHASTIC: tl.constexpr,
 ):
-    """The skip flag selects old bits instead of branching, so that all loads can start at once."""
-    first = tl.program_id(0).to(tl.int64) * TILE
-    i = tl.arange(0, TILE)
+    """The skip flag selects old bits instead of branching, so that all loads can start at once.
+
+    BLOCK: entries of a program, a tile or an even part of one.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    i = tl.arange(0, BLOCK)
     in_bounds = i < num_active - first
-    position = tl.load(base_ptr + tl.program_id(0)) + _load_offsets(offset_ptr, first, i)
+    position = tl.load(base_ptr + tl.program_id(0) // (TILE // BLOCK)) + _load_offsets(offset_ptr, first, i)
     scale, decay, step_size = tl.load(scalars_ptr), tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2)
     sqrt_bias_correction2 = tl.load(scalars_ptr + 3)
     is_live = in_bounds & _is_zero(tl.load(scalars_ptr + 4), i)
@@ -377,9 +381,14 @@ def adamw_(
     compact: bool,
     rounding: Tensor | None,
     origin: int,
+    *,
+    block: int = TILE,
+    num_warps: int = OPTIONS["num_warps"],
 ) -> None:
+    """block: entries of a program, a tile or an even part of one; with num_warps, for benchmarks to vary: the bits are
+    the same."""
     with _device_of(weights):
-        adamw_kernel[_grid(index)](
+        adamw_kernel[(index.base.numel() * (TILE // block),)](
             _values(weights),
             _values(gradient),
             index.base,
@@ -396,9 +405,10 @@ def adamw_(
             index.base if rounding is None else rounding,
             origin,
             TILE=TILE,
+            BLOCK=block,
             IS_COMPACT=compact,
             IS_STOCHASTIC=rounding is not None,
-            **OPTIONS,
+            **(OPTIONS | {"num_warps": num_warps}),
         )
 
 

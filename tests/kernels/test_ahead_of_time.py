@@ -57,6 +57,7 @@ def _step_variants(name: str, moments: int):
                 loaded = [*state, _num_bytes(offset), *([4] if is_compact else [])]
                 for is_stochastic in (False, True) if weights == "*i16" else (False,):
                     constants = {"IS_COMPACT": is_compact, "IS_STOCHASTIC": is_stochastic}
+                    constants |= {"BLOCK": triton_ops.TILE} if name == "adamw_kernel" else {}
                     yield name, types, constants, loaded, state
 
 

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed on this platform")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter's process")
 def test_kernels_under_the_interpreter(tmp_path):
-    files = ["tests/kernels/test_ops.py", "tests/kernels/test_step_is_exact.py", "tests/kernels/test_rounding.py"]
+    names = ("ops", "step_is_exact", "rounding", "launch_shapes")
+    files = [f"tests/kernels/test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "triton", *files, "-p", "no:cacheprovider"]
     env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
