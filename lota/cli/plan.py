@@ -94,9 +94,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"{model.name}: {model.numel() / 1e9:.4g}B parameters, {layout.ranks} ranks{nodes}{group}, {args.dtype}\n")
     print(table(plans, layout, memory))
     notes = [plan.note for plan in plans if plan.note]
-    print("\n" + "\n".join([*notes, *left_out_lines(rows), *advice]) if notes or rows or advice else "")
+    print("\n" + "\n".join([*notes, *advice]) if notes or advice else "")
     if memory is not None:
         print(f"A plan fits where its peak is at most {format_bytes(memory)}; leave some of it for activations.")
+    for line in left_out_lines(rows):
+        print(line)
 
 
 def _group_size(asked: str | None, node_size: int | None, ranks: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -99,7 +100,7 @@ def lora(model: ModelShapes, layout: Layout, settings: LoraSettings) -> MethodPl
     the first adapter needs none in backward)."""
     added = settings.shapes(model)
     grown = replace(model, shapes={**model.shapes, **added})
-    plan = _dense(f"LoRA, rank {settings.rank}", grown, layout, list(added))
+    plan = _dense(f"LoRA, rank {settings.rank}", grown, layout, list(added), has_frozen_bottom=False)
     size = grown.numel(added)
     return replace(plan, checkpoint=(model.item_bytes + _ADAMW) * size, product=model.item_bytes * size)
 
@@ -117,7 +118,7 @@ def calibration(model: ModelShapes, layout: Layout, eligible: Sequence[str], sco
     device = _weights(model, layout, layout.ranks)
     work = _at_work(model, layout, layout.ranks > 1, eligible)
     step = 0
-    transfers = _gathers(model, layout, layout.world())
+    transfers = _gathers(model, layout, layout.world(), eligible)
     if score in ("gradient", "fisher", "snip"):
         device["scores"] = 4 * pieces
         if layout.gradient_accumulation_steps > 1:
@@ -186,7 +187,7 @@ def lota(
     work["reduction buffers"] = _buffers(bucket, max(bucket, spread.received) if size > 1 else 0, layout)
     reductions = 1 if reduce_every == "step" else accumulation
     transfers = [
-        *_gathers(model, layout, layout.shard_group()),
+        *_gathers(model, layout, layout.shard_group(), names),
         Transfer("gradients", "all_to_all", per_reduction * reductions, layout.shard_group()),
         Transfer("gradients", "all_reduce", own * reductions, layout.replica_group()),
     ]
@@ -239,7 +240,9 @@ def _lota_moments(
     }
 
 
-def _dense(name: str, model: ModelShapes, layout: Layout, trained: Sequence[str]) -> MethodPlan:
+def _dense(
+    name: str, model: ModelShapes, layout: Layout, trained: Sequence[str], has_frozen_bottom: bool = True
+) -> MethodPlan:
     """Stock ZeRO-3: fp32 masters and two moments, gradients in the weights' dtype, one bucket."""
     ranks, item = layout.ranks, model.item_bytes
     pieces, numel = model.pieces(ranks, trained), model.numel(trained)
@@ -251,7 +254,7 @@ def _dense(name: str, model: ModelShapes, layout: Layout, trained: Sequence[str]
     else:
         device |= states
     device["reduction bucket"] = item * _bucket(model, layout, None)
-    transfers = _gathers(model, layout, layout.world())
+    transfers = _gathers(model, layout, layout.world(), trained if has_frozen_bottom else ())
     payload = item * numel * layout.gradient_accumulation_steps
     transfers.append(Transfer("gradients", "reduce_scatter", payload, layout.world()))
     # An fp32 copy of the gradients and one more in the weights' dtype, a sub-group at a time.
@@ -279,20 +282,36 @@ def _at_work(model: ModelShapes, layout: Layout, is_gathered: bool, trained: Seq
     return work
 
 
-def _gathers(model: ModelShapes, layout: Layout, group: range) -> list[Transfer]:
+def _gathers(model: ModelShapes, layout: Layout, group: range, trained: Sequence[str]) -> list[Transfer]:
     """Weights for forward, backward and, with activation checkpointing, the second forward.
 
     Small tensors stay gathered from one step to the next. What all fits under DeepSpeed's limits is gathered once per
-    micro step; beyond that an upper bound: up to `live_parameters` of it need not be gathered again.
+    micro step; beyond that an upper bound: up to `live_parameters` of it need not be gathered again. trained: backward
+    ends at the first of these, so that what comes before is not gathered for it; () where it goes on to the inputs.
     """
     kept = model.persistent(_threshold(model, layout))
     passing = model.numel() - kept
     fits = passing <= layout.live_parameters
-    elements = passing if fits else 2 * (passing + model.tied)
+    elements = passing if fits else 2 * (passing + model.tied) - _before(model, layout, trained)
     if layout.gradient_checkpointing and not fits and layout.live_parameters < model.largest_gathered():
         elements += model.in_blocks()
     total = kept + elements * layout.gradient_accumulation_steps
     return [Transfer("weights", "all_gather", model.item_bytes * total, group)]
+
+
+def _before(model: ModelShapes, layout: Layout, trained: Sequence[str]) -> int:
+    """Elements that come and go and lie before the first trained tensor; with activation checkpointing, which may be
+    reentrant and then runs backward through all blocks, before the first block at least."""
+    first = set(trained)
+    if not first:
+        return 0
+    threshold, count = _threshold(model, layout), 0
+    for name, shape in model.shapes.items():
+        if name in first or (layout.gradient_checkpointing and model.is_in_block(name)):
+            break
+        numel = math.prod(shape)
+        count += numel if numel >= threshold else 0
+    return count
 
 
 def _bucket(model: ModelShapes, layout: Layout, most: int | None) -> int:

@@ -44,6 +44,10 @@ class ModelShapes:
         """Elements of the tensors that DeepSpeed keeps gathered."""
         return sum(numel for numel in map(math.prod, self.shapes.values()) if numel < threshold)
 
+    def is_in_block(self, name: str) -> bool:
+        """Whether a tensor lies in a repeated block."""
+        return bool(_BLOCK.match(name))
+
     def in_blocks(self) -> int:
         """Elements inside repeated blocks, which activation checkpointing computes twice."""
         return sum(self._blocks().values())

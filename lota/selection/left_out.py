@@ -53,14 +53,14 @@ def left_out(named_shapes: Mapping[str, Sequence[int]], chosen: Collection[str])
 
 
 def left_out_lines(rows: Sequence[LeftOut]) -> list[str]:
-    """The same in a few lines: one for embeddings, heads and norms, one for everything else that weighs anything."""
+    """The same in a few lines: one for embeddings, heads and norms, one for each other pattern that weighs."""
     usual = [row for row in rows if row.kind in (EMBEDDING, NORM, OUTSIDE) or row.share < _SMALL]
     lines = []
     if usual:
         share = _percent(sum(row.share for row in usual))
-        named = ", ".join(f"{row.pattern} {_percent(row.share)}" for row in usual[:3])
-        more = ", ..." if usual[3:] else ""
-        lines.append(f"left out: {share} of the weights, embeddings, heads, norms and the like: {named}{more}")
+        named = [f"{row.pattern} {_percent(row.share)}" for row in usual if row.share >= _SMALL]
+        largest = ", ".join([*named[:3], *(["..."] if usual[3:] else [])])
+        lines.append(f"left out: {share} of the weights, embeddings, heads, norms and the like: {largest}")
     unusual = [row for row in rows if row not in usual]
     for row in unusual[:_LINES]:
         kind = "of the blocks" if row.kind == BLOCK else row.kind
@@ -68,7 +68,7 @@ def left_out_lines(rows: Sequence[LeftOut]) -> list[str]:
     if unusual[_LINES:]:
         share = _percent(sum(row.share for row in unusual[_LINES:]))
         lines.append(f"left out: {share} of the weights in {len(unusual) - _LINES} more patterns")
-    if rows:
+    if unusual:
         lines.append('include replaces the rule; ["default", PATTERN, ...] adds to it')
     return lines
 

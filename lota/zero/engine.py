@@ -1,6 +1,7 @@
 """DeepSpeed's engine and ZeRO-3 optimizer, subclassed.
 
-With `weights.py` and `dense_state.py` the only file with DeepSpeed's private names, but for one switch in `world.py`.
+With `weights.py` and `dense_state.py` the only file with DeepSpeed's private names, but for one switch in `world.py`
+and one class in `reentrant.py`.
 
 `deepspeed.initialize` looks `DeepSpeedEngine` up in its module when it is called, and the engine imports the ZeRO-3
 class when it builds its optimizer: for the length of a block both are replaced by the subclasses below. They forward
