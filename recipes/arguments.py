@@ -18,6 +18,7 @@ from lota.selection import validate_budget, validate_density
 from lota.ticket import Mask
 from lota.wording import did_you_mean
 from lota.zero.skipped import DEFAULT_MAX_SKIPPED_STEPS, check_max_skipped_steps
+from lota.zero.sparse_run import check_rounding_seed
 from recipes import deepspeed_options
 from recipes.batch import settle, world_size
 from recipes.data_arguments import DataArguments
@@ -80,6 +81,10 @@ class LotaArguments(SourceArguments):
     max_skipped_steps: int = field(
         default=DEFAULT_MAX_SKIPPED_STEPS,
         metadata={"help": "So many steps in a row without finite gradients end the run."},
+    )
+    rounding_seed: int | None = field(
+        default=None,
+        metadata={"help": "Round fp32 masters into bf16 weights stochastically, by this seed (to nearest)."},
     )
     ticket_dtype: str | None = field(default=None, metadata={"help": "float32 keeps masters (the weights' own dtype)."})
     lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter (16)."})
@@ -231,6 +236,7 @@ def validate(
         _fill_calibration(args, config, unused)
     if mask_only:
         unused.drop("the run ends with the mask", (*_SPARSE, "merged"))
+    _check_rounding(args.rounding_seed, config)
     for path in args.protect or ():
         Mask.load(path)
     return unused.notes
@@ -240,7 +246,7 @@ _CALIBRATION = (
     "density", "budget", "score", "calibration_steps", "calibration_learning_rate", "protect", "include", "exclude",
 )  # fmt: skip
 
-_SPARSE = ("shard_group_size", "gradient_reduction", "kernels", "ticket_dtype")
+_SPARSE = ("shard_group_size", "gradient_reduction", "kernels", "rounding_seed", "ticket_dtype")
 
 _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
 
@@ -281,6 +287,27 @@ def _fill_calibration(args: LotaArguments, config: Config, unused: _Unused) -> N
         args.calibration_learning_rate = config.learning_rate / 10
     if args.calibration_learning_rate is not None and not args.calibration_learning_rate > 0:
         raise ValueError(f"calibration_learning_rate must be above 0, got {args.calibration_learning_rate}")
+
+
+_WITH_ROUNDING = ("adam", "adamw", "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "rmsprop")
+
+
+def _check_rounding(seed: int | None, config: Config) -> None:
+    """What sparse training would refuse, before calibration."""
+    if check_rounding_seed(seed) is None:
+        return
+    if not config.bf16:
+        raise ValueError(
+            f"rounding_seed: {seed} rounds bf16 weights stochastically, and this run does not train in "
+            "bf16: add --bf16 true, or remove it"
+        )
+    own = deepspeed_options.content(config).get("optimizer", {}).get("type")
+    chosen = str(own or getattr(config.optim, "value", config.optim))
+    if chosen.lower() not in _WITH_ROUNDING:
+        raise ValueError(
+            f"rounding_seed: {seed} rounds stochastically in the kernels of AdamW and RMSprop, and the "
+            f"optimizer is {chosen}: use one of those, or remove it"
+        )
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -127,6 +127,7 @@ def train_ticket(
             gradient_reduction=args.gradient_reduction,
             kernels=args.kernels,
             max_skipped_steps=args.max_skipped_steps,
+            rounding_seed=args.rounding_seed,
         ) as run,
     ):
         del mask  # once the engine is built, only rank 0 keeps its indices

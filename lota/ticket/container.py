@@ -51,13 +51,14 @@ class StreamWriter:
     """Write 1-D tensors one after another into a new safetensors file.
 
     keys: every key that may be added, and max_bytes: bytes of data at most, so that room for the header is left in
-    front; spaces fill what stays unused.
+    front; spaces fill what stays unused. longest_code: the longest of DTYPE_CODES that will be added.
     Callers keep the data aligned: an item of 2, 4 or 8 bytes must begin at a multiple of its size.
     """
 
-    def __init__(self, path: Path, keys: list[str], max_bytes: int) -> None:
-        longest = max(_ITEM_BYTES, key=len)
-        widest = {key: {"dtype": longest, "shape": [max_bytes], "data_offsets": [max_bytes, max_bytes]} for key in keys}
+    def __init__(self, path: Path, keys: list[str], max_bytes: int, longest_code: str = "BF16") -> None:
+        widest = {
+            key: {"dtype": longest_code, "shape": [max_bytes], "data_offsets": [max_bytes, max_bytes]} for key in keys
+        }
         self._header_bytes = -(-len(_header(widest)) // 8) * 8
         self._entries: dict[str, dict[str, Any]] = {}
         self.num_data_bytes = 0

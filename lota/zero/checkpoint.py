@@ -163,7 +163,9 @@ def _write_vectors(path: Path, vectors: Sequence[Vector]) -> dict[str, tuple[int
     # Wide items first keep all of them aligned.
     vectors = sorted(vectors, key=lambda vector: -vector.dtype.itemsize)
     keys = [vector.key for vector in vectors]
-    file = StreamWriter(path, keys, sum(vector.dtype.itemsize * vector.length for vector in vectors))
+    max_bytes = sum(vector.dtype.itemsize * vector.length for vector in vectors)
+    longest_code = max((DTYPE_CODES[vector.dtype] for vector in vectors), key=len, default="")
+    file = StreamWriter(path, keys, max_bytes, longest_code)
     try:
         written = {}
         for vector in vectors:

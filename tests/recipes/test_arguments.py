@@ -41,6 +41,12 @@ def test_defaults() -> None:
     assert Path(str(config.deepspeed)) == DS_CONFIG_PATH and notes == []
 
 
+def test_rounding_seed() -> None:
+    for optim in ("adamw_torch", "adamw_torch_fused", "rmsprop"):
+        args, _, _ = checked("--rounding_seed", "3", "--bf16", "true", "--optim", optim)
+        assert args.rounding_seed == 3
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -66,6 +72,10 @@ def test_defaults() -> None:
         (["--kernels", "tritn"], "kernels must be one of auto, torch, triton, got 'tritn'"),
         (["--gradient_reduction", "compct"], "Did you mean 'compact'"),
         (["--method", "full", "--kernels", "torch"], "kernels would be ignored"),
+        (["--rounding_seed", "-1", "--bf16", "true"], r"rounding_seed must be an integer in \[0, 2\*\*63\)"),
+        (["--rounding_seed", "3", "--bf16", "false"], "rounding_seed: 3 .*does not train in bf16: add --bf16 true"),
+        (["--rounding_seed", "3", "--bf16", "true", "--optim", "sgd"], "rounding_seed: 3 .* the optimizer is sgd"),
+        (["--method", "full", "--rounding_seed", "3"], "rounding_seed would be ignored"),
         (["--mask", "nowhere"], "nowhere"),
         (["--protect", "nowhere"], "nowhere"),
         (["--deepspeed", "nowhere.json"], r"nowhere\.json cannot be read \(No such file"),

@@ -325,3 +325,12 @@ def test_a_save_that_fails_fails_on_all_ranks_and_keeps_the_old_one(ranks, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kept", "latest"]
     manifest = json.loads((tmp_path / "kept" / "checkpoint.json").read_text())
     assert manifest["progress"]["counters"]["global_steps"] == 1
+
+
+def test_an_older_format_is_refused_and_says_so(ranks, saved, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(saved[0], folder)
+    manifest = folder / "global_step2" / "checkpoint.json"
+    manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 1'))
+    for result in ranks(2).run(_mistaken, str(folder), "version"):
+        assert "expected version 2 of the format, got 1: resume with the version of lota that wrote it" in result["message"]

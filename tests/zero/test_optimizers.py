@@ -4,7 +4,11 @@ for bit, in every variant that this machine has; the others are refused by name.
 from __future__ import annotations
 
 import gc
+import os
 import re
+import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -92,7 +96,8 @@ def _steps(engine: Any, first: int, last: int) -> None:
         ((x, flags, target),) = cases.micro_batches(step, 1)
         if not hasattr(engine.optimizer, "core"):
             flags.fill_(True)  # DeepSpeed's own ZeRO-3 hangs where ranks use different weights
-        engine.backward(F.cross_entropy(engine(x[rows], flags[rows]), target[rows]))
+        x, flags, target = (part[rows].to(engine.device) for part in (x, flags, target))
+        engine.backward(F.cross_entropy(engine(x, flags), target))
         engine.step()
 
 
@@ -288,3 +293,43 @@ def _warnings_of_schedulers(score: str | None) -> list[str]:
 @pytest.mark.parametrize("score", [None, "gradient", "task_vector"])
 def test_schedulers_do_not_warn(ranks, score):
     assert ranks(1).run(_warnings_of_schedulers, score) == [[]]
+
+
+ON_A_GPU = {
+    "AdamW fused": ADMITTED["AdamW fused"],
+    "AdamW amsgrad fused": ADMITTED["AdamW amsgrad fused"],
+    "SGD fused maximize": ADMITTED["SGD fused maximize"],
+    "NAdam capturable": _made_by(optim.NAdam, capturable=True),
+    "ASGD": ADMITTED["ASGD"],
+}
+
+
+def _resume_on_the_device(folder: str) -> None:
+    """Both phases; step counts of fused and capturable optimizers must be on the device, where they are read."""
+    ADMITTED.update(ON_A_GPU)
+    for block in (_dense, _sparse):
+        for name, found in _straight_and_resumed(f"{folder}/{block.__name__}", list(ON_A_GPU), block).items():
+            _assert_same(found["resumed"], found["straight"])
+            kept = str(found["straight"]["numbers"])
+            on_device = name == "ASGD" or "fused" in name or "capturable" in name
+            if block is _dense and torch.cuda.is_available() and "'tensor'" in kept:
+                assert ("'device': 'own'" in kept) == on_device, (name, kept)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_fused_and_capturable_optimizers_resume_on_a_gpu(tmp_path):
+    """In a child, which an access to a host address on the device would end. NCCL, one rank."""
+    code = f"from tests.zero import test_optimizers as t; t._resume_on_the_device({str(tmp_path)!r}); print('equal')"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    child = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **one, "MASTER_PORT": port},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert child.returncode == 0 and child.stdout.endswith("equal\n"), child.stdout + child.stderr
