@@ -333,4 +333,4 @@ def test_an_older_format_is_refused_and_says_so(ranks, saved, tmp_path):
     manifest = folder / "global_step2" / "checkpoint.json"
     manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 1'))
     for result in ranks(2).run(_mistaken, str(folder), "version"):
-        assert "expected version 2 of the format, got 1: resume with the version of lota that wrote it" in result["message"]
+        assert "expected version 2 of the format, got 1: resume with the version of lota that" in result["message"]
