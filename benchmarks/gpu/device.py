@@ -22,12 +22,25 @@ class Device:
     def __init__(self) -> None:
         self.torch = torch.device(self.kind, 0) if self.kind == "cuda" else torch.device(self.kind)
 
-    def synchronize(self) -> None: ...
-    def reset_peak(self) -> None: ...
-    def peak_bytes(self) -> int: ...
-    def held_bytes(self) -> int: ...
-    def memory_bytes(self) -> int: ...
-    def stopwatch(self) -> Stopwatch: ...
+    def synchronize(self) -> None:
+        """Wait until all that was asked for is done."""
+
+    def reset_peak(self) -> None:
+        raise NotImplementedError
+
+    def peak_bytes(self) -> int:
+        """Most that was held since `reset_peak`."""
+        raise NotImplementedError
+
+    def held_bytes(self) -> int:
+        raise NotImplementedError
+
+    def memory_bytes(self) -> int:
+        """All that the device has."""
+        raise NotImplementedError
+
+    def stopwatch(self) -> Stopwatch:
+        return Stopwatch()
 
     def host_seconds(self, call: Callable[[], Any]) -> tuple[float, float]:
         """Seconds until `call` returns, and until the device is done with it."""
@@ -47,7 +60,8 @@ class Stopwatch:
     """Adds up the time of calls on the device's stream; of calls inside each other only the outermost counts."""
 
     def __init__(self) -> None:
-        self._depth, self._marks = 0, []
+        self._depth = 0
+        self._marks: list[tuple[Any, Any]] = []
 
     def mark(self) -> Any:
         return time.perf_counter()
@@ -148,9 +162,6 @@ class Cpu(Device):
 
     def memory_bytes(self) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-    def stopwatch(self) -> Stopwatch:
-        return Stopwatch()
 
 
 def device_of(kind: str) -> Device:

@@ -44,8 +44,8 @@ def same_on_both(bench: Bench) -> None:
         here, there = fingerprint(values, 5), fingerprint(values.to(bench.device.torch), 5)
         bench.check(f"D fingerprint of {dtype}", here == there, f"{there:016x}, expected the CPU's {here:016x}")
     scores = torch.randn(1_000_001, generator=generator)
-    here, there = (count_high(Piece("x", 0, 0, values))[0] for values in (scores, scores.to(bench.device.torch)))
-    bench.check("D histogram of scores", torch.equal(here, there.cpu()), "expected the CPU's counts")
+    counts = [count_high(Piece("x", 0, 0, values))[0].cpu() for values in (scores, scores.to(bench.device.torch))]
+    bench.check("D histogram of scores", torch.equal(*counts), "expected the CPU's counts")
 
 
 def index_peak(bench: Bench) -> None:

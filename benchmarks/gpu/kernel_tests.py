@@ -26,7 +26,7 @@ _MOST_PROCESSES = 6
 
 
 def run(bench: Bench) -> None:
-    _run_all(bench, bench.sizes.tests)
+    run_lists(bench, bench.sizes.tests)
 
 
 def run_checker(bench: Bench) -> None:
@@ -34,10 +34,10 @@ def run_checker(bench: Bench) -> None:
         bench.leave_out("memory checker", "compute-sanitizer is not installed")
         return
     marker, test = ("gpu", "memory_checker") if bench.device.kind == "cuda" else ("not gpu", "test_forced_choices")
-    _run_all(bench, [("-m", marker, "tests/kernels/test_gpu.py", "tests/kernels/test_backend.py", "-k", test)])
+    run_lists(bench, [("-m", marker, "tests/kernels/test_gpu.py", "tests/kernels/test_backend.py", "-k", test)])
 
 
-def _run_all(bench: Bench, lists: Sequence[tuple[str, ...]]) -> None:
+def run_lists(bench: Bench, lists: Sequence[tuple[str, ...]]) -> None:
     """One `pytest ARGUMENTS` after the other; a test that ran is not run again by a later one."""
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "tests.jsonl")

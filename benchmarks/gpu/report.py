@@ -110,7 +110,7 @@ def _row_line(row: dict[str, Any]) -> str:
     if kind == "check":
         return "" if row["is_right"] else f"WRONG {row['name']}: {row['detail']}"
     if kind == "figure":
-        return f"{row['name']:<52}{row['value']:>12,.5g} {row['unit']}{_aim(row)}".rstrip()
+        return f"{row['name']:<64}{row['value']:>12,.5g} {row['unit']}{_aim(row)}".rstrip()
     if kind == "left out":
         return f"left out: {row['name']} ({row['why']})"
     if kind == "traceback":

@@ -108,6 +108,8 @@ class Runner:
         result.state, result.why = self._judge(status, result)
         if result.state in ("failed", "over its limit", "stopped"):
             result.tail = self._log_tail(log_start)
+        if not result.why and result.state == "failed":  # it failed before it could write a row
+            result.why = next((line for line in reversed(result.tail) if line.strip()), "")
         return result
 
     def _judge(self, status: int | None, result: Result) -> tuple[str, str]:
@@ -119,7 +121,7 @@ class Runner:
         if status < 0:
             return "failed", f"ended by {signal.Signals(-status).name}"
         if status != 0:
-            return "failed", next((_detail(row) for row in result.rows if row.get("name") == "the stage"), f"{status}")
+            return "failed", next((str(row["detail"]) for row in result.rows if row.get("name") == "the stage"), "")
         if wrong:
             return "wrong", f"{len(wrong)} of its checks: " + ", ".join(wrong[:4])
         if not result.rows:
@@ -133,10 +135,6 @@ class Runner:
         with self.log.open("rb") as log:
             log.seek(max(start, self._log_size() - (1 << 14)))
             return log.read().decode("utf-8", "replace").splitlines()[-TAIL_LINES:]
-
-
-def _detail(row: dict[str, Any]) -> str:
-    return str(row.get("detail", ""))
 
 
 def _environment(device: str) -> dict[str, str]:

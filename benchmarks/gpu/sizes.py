@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-_HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5}
+_HEADS: dict[str, Any] = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+_HEADS |= {"rms_norm_eps": 1e-5}
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, **_HEADS}
-LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True}
-LLAMA_1B |= _HEADS
+LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, **_HEADS}
+LLAMA_1B |= {"tie_word_embeddings": True}
 _TINY = {
     "hidden_size": 64,
     "intermediate_size": 96,

@@ -68,8 +68,8 @@ def _launch_shapes(bench: Bench, name: str, case: Case) -> dict[str, Callable[[]
     """The step launched in every shape. Only Triton's has any; elsewhere it is the one that there is."""
     is_triton = backend_name(bench.device.torch) == "triton"
     shapes = {f"{block}/{warps} warps": {"block": block, "num_warps": warps} for block, warps in LAUNCH_SHAPES}
-    calls = {}
-    usual = None
+    calls: dict[str, Callable[[], Any]] = {}
+    usual: list[torch.Tensor] | None = None
     for shape, options in shapes.items() if is_triton else [("the only one", {})]:
         tensors = [tensor.clone() for tensor in (case.weights, *case.state)]
         if not bench.works(f"{name}: launched as {shape}", partial(_step, bench, case, tensors, options)):

@@ -44,7 +44,7 @@ def run(bench: Bench) -> None:
         layers = max(1, round(share * bench.sizes.model_8b["num_hidden_layers"]))
         some = dict(list(shapes.items())[: layers * len(shapes) // bench.sizes.model_8b["num_hidden_layers"]])
         seconds = 2 + density * sum(map(math.prod, some.values())) * 2.5e-7
-        part = partial(_tickets, bench, model, some, density, f"{density:.0%} of {layers} layers", base)
+        part = partial(_tickets, bench, model, some, density, f"{density:.0%} of {layers} layer(s)", base)
         bench.attempt(f"tickets, {density:.0%}", part, seconds=seconds)
         _check_base(bench, model, base, f"tickets, {density:.0%}")
 
@@ -91,7 +91,8 @@ def _tickets(
         handle, seconds = _timed(bench, lambda t=first: lota.apply_(model, t))
         bench.figure(f"apply_, {name}, {what}", seconds * 1e3, "ms", beside=f"{first.num_active:,} entries")
         handle, seconds = _timed(bench, lambda h=handle, t=second: lota.exchange_(model, h, t))
-        bench.figure(f"exchange_, {name}, {what}", seconds * 1e3, "ms")
+        at_most = AIM_MS if density == 0.01 and not given else None
+        bench.figure(f"exchange_, {name}, {what}", seconds * 1e3, "ms", at_most=at_most)
         bench.check(f"exchange_, {name}, {what}: the new ticket is on", _is_on(model, second), "expected its values")
         _, seconds = _timed(bench, handle.revert)
         bench.figure(f"revert, {name}, {what}", seconds * 1e3, "ms")

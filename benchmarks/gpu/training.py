@@ -61,7 +61,7 @@ def measure_shares(bench: Bench, engine: Any, name: str) -> None:
     hooks.watch(core, "add_gradient", "finish_backward")
     hooks.watch(run, "before_step", "after_step")
     step.watch(core, "step")
-    shares = {"our hooks": [], "our step": []}
+    shares: dict[str, list[float]] = {"our hooks": [], "our step": []}
     for number in range(3):
         with whole.running():
             one_step(engine, bench.sizes.tokens, 1000 + number)

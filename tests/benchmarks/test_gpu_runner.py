@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu.environment import ROOT
 from benchmarks.gpu.report import Report, missing_lines
@@ -150,6 +151,14 @@ def test_the_command_does_without_torch_itself() -> None:
     """Else it could not say that torch is missing."""
     code = "import sys, benchmarks.gpu.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--minutes", "2", "--out", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "failed: ValueError: --device cuda needs a GPU, and torch sees none; --device cpu runs" in run.stdout
 
 
 @pytest.mark.parametrize(

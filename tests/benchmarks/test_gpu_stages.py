@@ -14,8 +14,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.device import Cpu
 from benchmarks.gpu.environment import ROOT, missing
+from benchmarks.gpu.kernel_tests import run_lists
 from benchmarks.gpu.rows import read_rows
+from benchmarks.gpu.sizes import TINY
 from benchmarks.gpu.stages import STAGES
 
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -31,7 +35,7 @@ FIGURES = {
     "1b-sparse-10": ["1B: tokens/s", "1B: hooks and step"],
     "1b-lora": ["1B: tokens/s"],
     "8b": ["8B planned: dense ZeRO-3", "8B calibration: tokens/s", "8B sparse: tokens/s", "8B sparse: peak memory"],
-    "swap": ["swap of 1% on the device", "exchange_, 10% of 1 layers, with fingerprints"],
+    "swap": ["swap of 1% on the device", "exchange_, 10% of 1 layer(s), with fingerprints"],
 }
 
 
@@ -64,6 +68,45 @@ def test_stage_is_right_on_a_cpu(rows: dict[str, list[dict[str, Any]]], stage: s
     names = [row["name"] for row in rows[stage] if row["kind"] == "figure"]
     for beginning in FIGURES.get(stage, []):
         assert any(name.startswith(beginning) for name in names), (beginning, names)
+
+
+ODD_TESTS = """
+import os
+
+def test_passes():
+    assert True
+
+def test_fails():
+    assert 1 == 2, "one is not two"
+
+def test_ends_the_process():
+    os._exit(11)
+
+def test_after_it():
+    assert True
+
+def test_loses_the_device():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def test_after_that():
+    assert True
+"""
+
+
+def test_tests_that_take_the_process_with_them(tmp_path: Path) -> None:
+    """Each is named, and the rest runs in a new process, once."""
+    (tmp_path / "test_odd.py").write_text(ODD_TESTS, encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
+    rows = tmp_path / "rows.jsonl"
+    bench = Bench("kernels", Cpu(), TINY, {}, rows, time.monotonic() + 100)
+    run_lists(bench, [(str(tmp_path / "test_odd.py"), "-k", "passes"), (str(tmp_path / "test_odd.py"),)])
+    wrong = {row["name"].split("::")[-1]: row["detail"] for row in read_rows(rows) if not row.get("is_right", True)}
+    assert list(wrong)[:3] == ["test_fails", "test_ends_the_process", "test_loses_the_device"]
+    assert "one is not two" in wrong["test_fails"]
+    assert "it ended pytest's process" in wrong["test_ends_the_process"]
+    notes = [row["text"].partition("test_odd.py")[2] for row in read_rows(rows) if row["kind"] == "note"]
+    assert notes[0].startswith(" -k passes: 1 passed, ")
+    assert notes[1].startswith(": 2 failed, 2 passed, 1 unfinished, "), "what passed before is not run again"
 
 
 def test_sparse_tokens_have_denses_as_their_aim(rows: dict[str, list[dict[str, Any]]]) -> None:
