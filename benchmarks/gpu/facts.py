@@ -68,23 +68,38 @@ def index_peak(bench: Bench) -> None:
 
 def whole_gradients(bench: Bench) -> None:
     """F. Host time of cutting one gradient into stretches for 64 ranks (gradient_reduction=dense, gradient scores)."""
+    from lota.zero.reduction import GradientReducer, ReductionGroups
     from lota.zero.whole import WholeGradients
 
     count, device, bucket = bench.sizes.whole_gradient, bench.device, bench.sizes.bucket
     whole = WholeGradients([count], 64, bucket)
     gradient = torch.randn(count, device=device.torch).bfloat16()
-    out = torch.full((bucket,), float("nan"), device=device.torch)
-    written = []
+    written: list[torch.Tensor] = []
+    is_kept = True
 
-    def write(is_kept: bool) -> None:
-        for slot in whole.slots[0]:
-            target = out[: sum(whole.stretches[slot].counts)]
-            whole.writer(slot, gradient)(target, True)
-            if is_kept:
-                written.append(target.clone())
+    def deliver(_: range, values: torch.Tensor) -> None:
+        if is_kept:
+            written.append(values.clone())
 
-    write(True)
-    host, both = device.host_seconds(lambda: write(False))
+    # Without process groups the buckets that 64 ranks would share out are delivered as they were filled.
+    groups = ReductionGroups(None, None, None, shard_size=64, world_size=1, shard_rank=0)
+    reducer = GradientReducer(
+        whole.counts,
+        bucket_numel=bucket,
+        groups=groups,
+        deliver=deliver,
+        device=torch.device(device.torch),
+        by_owner=True,
+    )
+
+    def write() -> None:
+        for slot in reversed(whole.slots[0]):
+            reducer.add_rows(slot, whole.writer(slot, gradient))
+        reducer.finish()
+
+    write()
+    is_kept = False
+    host, both = device.host_seconds(write)
     totals = torch.cat(written).sort().values, gradient.float().sort().values
     bench.check("F every entry is written once", torch.equal(*totals), "expected the gradient's entries, reordered")
     num = len(whole.slots[0])
