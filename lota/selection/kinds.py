@@ -48,7 +48,8 @@ def kinds(named_shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
 
 
 def _kind(parts: list[str], shape: Sequence[int], has_language_model: bool) -> str:
-    number = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    # A number at the very front is a place in a chain of whole models, not in a list of blocks.
+    number = next((place for place, part in enumerate(parts) if place and part.isdigit()), None)
     # The name of a whole model or of a list of blocks says nothing about a tensor in it: `roberta_prelayernorm`.
     inner = parts if number is None else parts[number + 1 :]
     if 0 in shape:

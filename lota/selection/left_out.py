@@ -53,7 +53,7 @@ def left_out(named_shapes: Mapping[str, Sequence[int]], chosen: Collection[str])
 
 
 def left_out_lines(rows: Sequence[LeftOut]) -> list[str]:
-    """The same in a few lines: one for embeddings, heads and norms, one for each other pattern that weighs."""
+    """The same in a few lines: one for embeddings, heads and norms, one for every other pattern."""
     usual = [row for row in rows if row.kind in (EMBEDDING, NORM, OUTSIDE) or row.share < _SMALL]
     lines = []
     if usual:

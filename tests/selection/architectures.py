@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_EMBEDDING = re.compile(r"Embed|FeatureEncoder|FeatureExtractor|Subsampl")
+_EMBEDDING = re.compile(r"Embed(dings?|der)?(\dD?)?$|FeatureEncoder|FeatureExtractor|Subsampl")
 _HEAD = re.compile(r"Head$|HeadTransform$|PredictionHead|Pooler|Classifier$")
 _ROUTER = re.compile(r"Router|TopK|Gate$")
 _JOINT = re.compile(r"Projector|Projection$|Connector|Merger|Aligner|Resampler|QFormer|Codec|VQ|Perceiver|MLPAdapter")
@@ -67,11 +67,12 @@ def _is_embedding(module: Any) -> bool:
 
 
 def _heads(model: Any) -> set[int]:
-    """What is no part of the base model."""
+    """What is no part of the base model, and output embeddings, also of models inside the model."""
     base = getattr(model, model.base_model_prefix, None) if model.base_model_prefix else None
     found = [] if base is None else [child for child in model.children() if child is not base]
-    with suppress(AttributeError, NotImplementedError):
-        found.append(model.get_output_embeddings())
+    for module in model.modules():
+        with suppress(AttributeError, NotImplementedError):
+            found.append(module.get_output_embeddings())
     return {id(module) for module in found}
 
 

@@ -154,6 +154,8 @@ BLOCK = (8, 8)
         ("attention.query.weight", BLOCK, True),  # no list, but a name that says what it is
         ("classifier.0.weight", BLOCK, False),  # a list, but of layers and not of blocks
         ("fc.weight", BLOCK, False),
+        ("0.auto_model.pooler.dense.weight", BLOCK, False),
+        ("0.auto_model.encoder.layer.0.output.dense.weight", BLOCK, True),
         ("layers.0.mlp.rest.weight", (0, 8), False),
         ("encoder.embed.0.proj.weight", BLOCK, False),
     ],
