@@ -30,18 +30,24 @@ def ticket_card(manifest: Manifest, facts: Mapping[str, Any] | None = None) -> s
     provenance = manifest.provenance
     base = str(provenance.get("model") or "its base model")
     density = manifest.num_active / manifest.eligible if manifest.eligible else 0.0
-    dtypes = sorted({record.base.dtype for record in manifest.tensors if record.base})
+    dtypes = sorted({record.base.dtype for record in manifest.tensors if record.base and not record.is_dense})
+    dtypes = dtypes or sorted({record.base.dtype for record in manifest.tensors if record.base})
+    brought = [record.name for record in manifest.tensors if record.base and record.base.rows is not None]
     rows = {
         "base": _base_text(provenance),
         "base weights": ", ".join(dtypes) + (", fingerprinted tensor by tensor" if dtypes else "not recorded"),
         "density": f"{density:.6g}",
         "active entries": f"{manifest.num_active:,} of {manifest.eligible:,} in {len(manifest.tensors)} tensors",
+        "not in the base": ", ".join(brought) or None,
         "changed entries": None if manifest.num_changed is None else f"{manifest.num_changed:,}",
         **{key: value for key, value in provenance.items() if key not in ("model", "revision", "versions")},
         **(facts or {}),
         "versions": provenance.get("versions"),
     }
     dtype = f", dtype=torch.{dtypes[0]}" if len(dtypes) == 1 else ""
+    loader = str(manifest.model.get("class") or "AutoModelForCausalLM")
+    vocabulary = manifest.model.get("config", {}).get("vocab_size")
+    resized = f"\nmodel.resize_token_embeddings({vocabulary})" if vocabulary is not None else ""
     undo = (
         "It holds the base's values too, so `lota revert --tuned MERGED TICKET --out BASE` makes the base again from "
         "a merged folder."
@@ -60,9 +66,9 @@ base's, bit for bit ({_PAPER}).
 
 ```python
 import lota, torch
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-model = AutoModelForCausalLM.from_pretrained("{base}"{dtype})
+model = {loader}.from_pretrained("{base}"{dtype}){resized}
 applied = lota.apply_(model, lota.Ticket.load("TICKET"))  # this folder; refuses any other base
 applied.revert()                                          # every bit as it was
 ```

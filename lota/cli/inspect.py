@@ -61,10 +61,12 @@ def describe(path: Path, manifest: Manifest) -> dict[str, Any]:
         record.name: {
             "shape": list(record.shape),
             "num_active": record.num_active,
-            "density": record.num_active / record.numel if record.numel else 0.0,
+            "density": record.num_active / record.eligible if record.eligible else 0.0,
             "dtype": record.values_dtype,
             "base_dtype": record.base.dtype if record.base else record.base_values_dtype,
             "base_fingerprint": record.base.fingerprint if record.base else None,
+            "base_rows": record.base.rows if record.base else None,
+            "rows": list(record.rows) if record.rows else None,
         }
         for record in manifest.tensors
     }
@@ -83,6 +85,8 @@ def describe(path: Path, manifest: Manifest) -> dict[str, Any]:
         "bits_per_eligible_weight": 8 * num_bytes / manifest.eligible if manifest.eligible else 0.0,
         "files": [MANIFEST_NAME, *files],
         "provenance": manifest.provenance,
+        "model": manifest.model,
+        "num_dense": sum(record.num_active for record in manifest.tensors if record.is_dense),
         "tensors": tensors,
     }
 
@@ -103,6 +107,9 @@ def report(facts: dict[str, Any]) -> list[str]:
         lines.append(f"{'changed':<12}{changed:,} values differ from the base's" + _share(changed, active))
     known = "fingerprint of every tensor" if facts["has_fingerprints"] else "no fingerprints: any base is accepted"
     lines.append(f"{'base':<12}{', '.join(facts['base_dtypes']) or 'unknown dtype'}; {known}")
+    brought = [name for name, tensor in facts["tensors"].items() if tensor["base_rows"] is not None]
+    if brought:
+        lines.append(f"{'brings':<12}{', '.join(brought)}, for a {facts['model'].get('class', 'model')}")
     if facts["provenance"]:
         lines += ["", "provenance", *(f"  {key:<18}{_plain(value)}" for key, value in facts["provenance"].items())]
     return [*lines, "", *table({name: (t["num_active"], _numel(t["shape"])) for name, t in facts["tensors"].items()})]

@@ -14,8 +14,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import lota
+from lota.card import ticket_card
 from lota.checkpoint import apply_to_checkpoint, revert_checkpoint
+from lota.cli import main
 from lota.export.peft import export_peft
+from lota.ticket import read_manifest
 from tests.zero import cases
 
 VOCAB, ADDED = 32, 3
@@ -167,6 +170,17 @@ def test_folders_load_as_the_trained_model_and_revert_to_the_base(run, base, tmp
     assert all(torch.equal(param, again.get_parameter(name)) for name, param in expected.named_parameters())
     configs = [json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "again")]
     assert configs[0] == configs[1]
+
+
+def test_the_card_and_inspect_name_what_the_ticket_brings(run, capsys):
+    path = run["folder"] / "ticket"
+    text = ticket_card(read_manifest(path))
+    loader = "LlamaForSequenceClassification" if run["kind"] == "head" else "LlamaForCausalLM"
+    assert f"model = {loader}.from_pretrained(" in text
+    assert ("resize_token_embeddings(35)" in text) == (run["kind"] == "rows")
+    assert main(["inspect", str(path), "--verify"]) == 0
+    name = "score.weight" if run["kind"] == "head" else "model.embed_tokens.weight, lm_head.weight"
+    assert f"brings      {name}, for a {loader}" in capsys.readouterr().out
 
 
 def test_the_adapter_gives_the_trained_logits(run, base, tmp_path):
