@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,16 @@ class GuardedSave:
         if self._model is not None:
             self._model.save_pretrained = self._save
 
-    def _save(self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any) -> Any:
+    def _save(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         model = self._model
         assert model is not None
-        if state_dict is None and _is_sharded(model):
+        has_weights = kwargs.get("state_dict") is not None or any(isinstance(arg, Mapping) for arg in args)
+        if not has_weights and _is_sharded(model):
             raise ValueError(
                 f"save_pretrained({str(save_directory)!r}) inside a lota block would write empty tensors, because the "
                 f"weights are sharded over ranks. {_CURE}; trainer.save_model() is that"
             )
-        return type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **kwargs)
+        return type(model).save_pretrained(model, save_directory, *args, **kwargs)
 
     def restore(self) -> None:
         if self._model is not None:
