@@ -12,13 +12,13 @@ from torch import Tensor
 from lota.ticket import BaseTensor
 from lota.ticket.rows import Rows, span
 from lota.ticket.rows import whole as all_rows
-from lota.zero import engine as engines
 from lota.zero import weights
 from lota.zero.base import buffer_fingerprints
 from lota.zero.dense_state import DenseState
 from lota.zero.frozen import Freeze
 from lota.zero.groups import connect, make_groups
 from lota.zero.new_tensors import new_tensors, refuse_new
+from lota.zero.optimizer import CompactOptimizer
 from lota.zero.run import BUCKET_NUMEL, BlockRun, communication_dtype
 from lota.zero.scores import GRADIENT_SCORES, GradientScores, Piece, TaskVectorScores, WeightScores, piece_of
 from lota.zero.skipped import DEFAULT_MAX_SKIPPED_STEPS
@@ -60,7 +60,7 @@ class CalibrationRun(BlockRun):
         super().__init__(max_skipped_steps)
         self.score, self._choose, self._check = score, choose, check
         self._names_adapters = names_adapters
-        self.optimizer_class = None if score == "task_vector" else engines.CompactOptimizer
+        self.optimizer_class = None if score == "task_vector" else CompactOptimizer
         self.names: tuple[str, ...] = ()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.model_shapes: dict[str, tuple[int, ...]] = {}

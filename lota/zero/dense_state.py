@@ -1,7 +1,7 @@
 """The fp32 state of a dense ZeRO-3 run, by tensor name, as calibration by task vectors reads and checkpoints it.
 
-With `engine.py` and `weights.py` the only file with DeepSpeed's private names; its `safe_*` functions are used where
-they do.
+With `engine.py`, `optimizer.py` and `weights.py` the only file with DeepSpeed's private names; its `safe_*` functions
+are used where they do.
 """
 
 from __future__ import annotations

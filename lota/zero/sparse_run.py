@@ -18,7 +18,6 @@ from lota.kernels import backend_name
 from lota.ticket import Mask
 from lota.ticket.rows import Rows
 from lota.wording import did_you_mean
-from lota.zero import engine as engines
 from lota.zero import weights
 from lota.zero.agreement import together
 from lota.zero.base import differing, dtype_name, replicas_agree
@@ -27,6 +26,7 @@ from lota.zero.delivery import base_put_back, deliver
 from lota.zero.frozen import Freeze
 from lota.zero.groups import check_shard_group_size, connect, make_groups
 from lota.zero.new_tensors import model_facts, new_tensors, refuse_new
+from lota.zero.optimizer import SparseOptimizer
 from lota.zero.outline import MaskOutline
 from lota.zero.run import BUCKET_NUMEL, BlockRun, communication_dtype
 from lota.zero.skipped import DEFAULT_MAX_SKIPPED_STEPS
@@ -46,7 +46,7 @@ class SparseRun(BlockRun):
     """
 
     is_sparse = True
-    optimizer_class = engines.SparseOptimizer
+    optimizer_class = SparseOptimizer
 
     def __init__(
         self,

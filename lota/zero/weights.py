@@ -1,6 +1,6 @@
 """How a model's weights stand under ZeRO-3: names, shapes, this rank's pieces, and whom they are shared with.
 
-With `engine.py` and `dense_state.py` the only file with DeepSpeed's private names.
+With `engine.py`, `optimizer.py` and `dense_state.py` the only file with DeepSpeed's private names.
 """
 
 from __future__ import annotations
