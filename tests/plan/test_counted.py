@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import pytest
 
+from lota.kernels.reference import CPU_CHUNK
 from tests.plan.counted import METHODS, MODELS, allowed, compare, counted
 
 QUICK = [("llama", method) for method in METHODS if method != "lota 0.01"] + [("mixtral", "lota 0.01")]
 # Activations of eight tokens, random generators' states and the like.
 UNPLANNED = 64 << 10
+# The norm's squares, in float64 and a chunk at a time on CPUs. Where ranks reduce, buckets take more than that.
+NORM = 8 * CPU_CHUNK
 REST = [(case, method) for case in MODELS for method in METHODS if (case, method) not in QUICK]
 
 
@@ -28,7 +31,8 @@ def _check(ranks, case, method, options, world=2):
         if case == "mixtral":
             del moments["step"]  # eager code on CPUs allocates more for stacked experts than is planned
         for moment, (planned, found) in moments.items():
-            assert found <= 1.02 * planned + UNPLANNED, f"{case}, {method}: {moment}"
+            unplanned = UNPLANNED + (NORM if world == 1 and moment == "step" else 0)
+            assert found <= 1.02 * planned + unplanned, f"{case}, {method}: {moment}"
 
 
 @pytest.mark.parametrize(("case", "method"), QUICK)

@@ -73,24 +73,6 @@ def test_zero_grad_forgets(ranks):
         assert all(torch.equal(kept[name], fresh[name]) for name in fresh)
 
 
-def _unsummed(kind: str) -> None:
-    with lota.calibration_zero3(score="gradient", include=["*blocks*"]):
-        engine = _initialize(cases.make_model())
-        try:
-            if kind == "boundary":
-                engine.set_gradient_accumulation_boundary(False)
-            engine.backward(_loss(engine, 1))
-            engine.optimizer.zero_grad()
-        finally:
-            engine.destroy()
-
-
-@pytest.mark.parametrize(("kind", "message"), [("boundary", "set it to the number"), ("zero_grad", "scored already")])
-def test_gradients_that_cannot_be_summed_are_refused(ranks, kind, message):
-    for outcome in ranks(2).outcomes(_unsummed, kind):
-        assert outcome.error_type == "ValueError" and message in outcome.error, outcome.error
-
-
 def _some_parameters(score: str) -> None:
     model = cases.make_model()
     with lota.calibration_zero3(score=score, include=["*blocks*"]):
