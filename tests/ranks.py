@@ -11,6 +11,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,21 @@ class RankPool:
             process.join()
 
 
+def _record_groups() -> list[Any]:
+    """The process groups that blocks make from now on, as they make them."""
+    from lota.zero import groups
+
+    made: list[Any] = []
+    own_group = groups._own_group
+
+    def recorded(rank_lists: list[list[int]]) -> Any:
+        made.append(own_group(rank_lists))
+        return made[-1]
+
+    groups._own_group = recorded
+    return made
+
+
 def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -105,11 +121,16 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     torch.set_num_threads(1)
     leave_out_shared_memory()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    made = _record_groups()
     pipe.send(Outcome())
     while True:
         task = pipe.recv()
         if task is None:
             break
+        # Every rank has answered, so nobody uses the last task's groups: each has threads that poll as long as it is.
+        while made:
+            with suppress(ValueError, RuntimeError):  # a run that was released has destroyed its own
+                torch.distributed.destroy_process_group(made.pop())
         function, args = task
         try:
             pipe.send(Outcome(value=function(*args)))
