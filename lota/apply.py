@@ -127,6 +127,8 @@ def grown(mask: Mask, name: str, tensor: Tensor | None) -> Tensor:
         assert tensor is not None
         return tensor
     dtype = getattr(torch, base.dtype) if tensor is None or mask.is_dense(name) else tensor.dtype
+    if base.rows == 0:
+        tensor = None  # another tensor of this name, a head of another width say, is not the ticket's
     if base.rows is None:
         assert tensor is not None
         return tensor.to(dtype)

@@ -23,7 +23,8 @@ def build_on_meta(folder: Path, model_facts: Mapping[str, Any] | None = None) ->
         raise ValueError(f"{folder} holds no config.json: expected the folder of a transformers model")
     config = transformers.AutoConfig.from_pretrained(folder)
     for key, value in ((model_facts or {}).get("config") or {}).items():
-        owner = config.get_text_config() if hasattr(config.get_text_config(), key) else config
+        is_of_text = key in ("vocab_size", "pad_token_id") and hasattr(config.get_text_config(), key)
+        owner = config.get_text_config() if is_of_text else config
         setattr(owner, key, {int(k): v for k, v in value.items()} if key == "id2label" else value)
     named = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):

@@ -18,6 +18,7 @@ from lota.architecture import build_on_meta
 from lota.card import CARD_NAME, is_card, merged_card
 from lota.folder import INDEX_NAME, WEIGHT_SUFFIXES, new_folder, read_tensors, stored_dtypes, tensor_files
 from lota.ticket import Ticket
+from lota.ticket.manifest import DTYPES
 from lota.ticket.writer import count_changed
 from lota.wording import did_you_mean
 
@@ -187,7 +188,13 @@ def _rewrite_by_transformers(
     dtype = dtype or _dtype_of_training(tickets)
     model = type(skeleton).from_pretrained(source, config=skeleton.config, dtype=dtype or "auto")
     stored = model.state_dict(keep_vars=True).keys()
-    for name, tensor in [*model.named_parameters(), *(item for item in model.named_buffers() if item[0] in stored)]:
+    tensors = dict([*model.named_parameters(), *(item for item in model.named_buffers() if item[0] in stored)])
+    unknown = next((name for ticket in tickets for name in ticket.names if name not in tensors), None)
+    if unknown is not None:
+        raise ValueError(
+            f"the ticket names {unknown}, which {type(model).__name__} does not have: {source} is no base of it"
+        )
+    for name, tensor in tensors.items():
         made = edit(name, tensor.data)
         if made is None:
             raise ValueError(f"{name} cannot be taken out of {source}, whose names are not the model's: take the base")
@@ -221,7 +228,12 @@ def _dtype_of_training(tickets: Sequence[Ticket]) -> torch.dtype | None:
 def _other_dtype(tickets: Sequence[Ticket], homes: dict[str, Path], say: Say) -> torch.dtype | None:
     """The dtype to cast a checkpoint to that is stored in another one than the tickets were trained in, else None."""
     dtype = _dtype_of_training(tickets)
-    names = {name for ticket in tickets for name in ticket.names if not ticket.mask.is_dense(name)}
+    names = {
+        name
+        for ticket in tickets
+        for name in ticket.names
+        if (base := ticket.mask.base.get(name)) is None or (base.rows != 0 and base.dtype in DTYPES)
+    }
     stored = stored_dtypes(names, homes)
     if dtype is None or stored <= {dtype}:
         return None

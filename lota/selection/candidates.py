@@ -37,7 +37,8 @@ def candidates(
     whole_tensors = dense_tensors({**named_shapes, **(buffers or {})}, dense)
     others = {name: shape for name, shape in named_shapes.items() if name not in whole_tensors}
     plain, rows = split_rows(include, others, "include")
-    return Candidates(tuple(eligible(others, plain, exclude)), rows, whole_tensors)
+    names = tuple(eligible(others, plain, exclude))
+    return Candidates(names, {name: rows[name] for name in names if name in rows}, whole_tensors)
 
 
 def dense_tensors(named_shapes: Mapping[str, Sequence[int]], patterns: Sequence[str] | None) -> dict[str, Rows]:

@@ -140,7 +140,7 @@ def _cached(name: str, revision: str | None) -> Path | None:
     """Where the hub's cache has the model; nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
-    if name.count("/") != 1:
+    if name.count("/") > 1:
         return None
     for file in ("model.safetensors.index.json", "model.safetensors"):
         path = try_to_load_from_cache(name, file, revision=revision)
