@@ -29,6 +29,8 @@ _SAMPLE = 1024
 _TEXT_ENTRIES = ("vocab_size", "pad_token_id")
 _ENTRIES = ("architectures", "id2label", "label2id", "problem_type", *_TEXT_ENTRIES)
 """What of config.json goes with tensors that a base does not have. Multimodal models keep some in `text_config`."""
+_OF_THE_RUN = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "text_config")
+"""What differs between a base's config.json and a loaded model's, and says nothing about its tensors."""
 
 
 def new_tensors(model: torch.nn.Module) -> dict[str, int]:
@@ -198,7 +200,8 @@ def model_facts(model: Any) -> dict[str, Any]:
     base: dict[str, Any] | None = None
     if folder is not None and (folder / "config.json").is_file():
         base = _with_text(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    taken = {key: now[key] for key in _ENTRIES if key in now and (base is None or base.get(key) != now[key])}
+    entries = [*_ENTRIES, *(key for key in base or {} if key not in _ENTRIES and key not in _OF_THE_RUN)]
+    taken = {key: now[key] for key in entries if key in now and (base is None or base.get(key) != now[key])}
     return {
         "class": type(model).__name__,
         "config": taken,
