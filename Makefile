@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(RUN) $(BIN)/python -m recipes.demo
+	$(RUN) $(BIN)/python -m lota.demo.run
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -55,7 +55,7 @@ test-gpu: $(STAMP)
 
 # SOAK_KILLS and SOAK_SEED, from the command line or the environment, say how often and when.
 soak: $(STAMP)
-	$(RUN) SOAK_KILLS="$(or $(SOAK_KILLS),20)" $(if $(SOAK_SEED),SOAK_SEED="$(SOAK_SEED)") $(BIN)/python -m tests.recipes.soak
+	$(RUN) SOAK_KILLS="$(or $(SOAK_KILLS),20)" $(if $(SOAK_SEED),SOAK_SEED="$(SOAK_SEED)") $(BIN)/python -m tests.train.soak
 
 # No figure while results are wrong: the kernels' tests come first.
 bench: $(STAMP)

@@ -18,12 +18,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from recipes.answers import score_answers
-from recipes.data import read_jsonl
-from recipes.demo import say, train
-from recipes.demo_base import prepare
-from recipes.demo_world import EARLIER_TEMPLATES, NEW_TEMPLATES, WorldConfig, fill
-from recipes.small_model import SmallModelConfig
+from lota.data.dataset import read_jsonl
+from lota.demo.base import prepare
+from lota.demo.run import say, train
+from lota.demo.small_model import SmallModelConfig
+from lota.demo.world import EARLIER_TEMPLATES, NEW_TEMPLATES, WorldConfig, fill
+from lota.evaluate.answer_loss import score_answers
 
 FULL_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 LOTA_RATES = (1e-3, 2e-3, 4e-3, 8e-3)

@@ -33,11 +33,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 import lota
-from lota.apply import apply_
-from recipes.answers import score_answers
-from recipes.data import read_jsonl
-from recipes.demo import changed_entries
-from recipes.small_model import END, SmallModelConfig, pretrain, save_atomically, train_tokenizer
+from lota.data.dataset import read_jsonl
+from lota.delivery.live import apply_
+from lota.demo.run import changed_entries
+from lota.demo.small_model import END, SmallModelConfig, pretrain, save_atomically, train_tokenizer
+from lota.evaluate.answer_loss import score_answers
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG_PATH = ROOT / "recipes" / "configs" / "gsm8k_small.yaml"

@@ -9,7 +9,7 @@ same dimensions in each. Spread and seed were chosen so that the fullest rank is
 uneven selected mask that was measured (docs/planning.md): 152% of an even share on 8 ranks (139%), 236% on 64 (231%).
 
 Owners, buckets and bytes come from the code that trains: `build_layout`, `GradientReducer`, the planner's formulas.
-Prints the tables of docs/planning.md, which tests/zero/test_layout_70b.py holds against it.
+Prints the tables of docs/planning.md, which tests/zero/compact/test_layout_70b.py holds against it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from lota import plan
 from lota.plan import format_bytes
 from lota.plan.layout import Transfer
 from lota.selection import eligible
-from lota.zero.layout import Layout, build_layout
-from lota.zero.reduction import GradientReducer, ReductionGroups
-from lota.zero.run import BUCKET_NUMEL
+from lota.zero.block import BUCKET_NUMEL
+from lota.zero.compact.layout import Layout, build_layout
+from lota.zero.compact.reduction import GradientReducer, ReductionGroups
 
 RANKS, NODE, SIZES, PERCENT, SEED = 64, 8, (8, 16, 64), 1, 70
 NARROW, WIDE = 16, 32

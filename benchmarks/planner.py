@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from tests.plan.counted import METHODS, MODELS, compare, counted
-from tests.ranks import RankPool
+from tests.rank_pool import RankPool
 
 
 def main() -> None:

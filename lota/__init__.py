@@ -3,27 +3,25 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lota import apply as apply
-    from lota import checkpoint as checkpoint
-    from lota import export as export
+    from lota import delivery as delivery
     from lota import kernels as kernels
     from lota import optim as optim
     from lota import plan as plan
     from lota import selection as selection
     from lota import ticket as ticket
-    from lota.apply import apply_, exchange_
-    from lota.seams import calibration_zero3, sparse_zero3
+    from lota.blocks import calibration_zero3, sparse_zero3
+    from lota.delivery.live import apply_, exchange_
     from lota.ticket import Mask, Ticket
 
 _HOMES = {
     "Mask": "lota.ticket",
     "Ticket": "lota.ticket",
-    "apply_": "lota.apply",
-    "calibration_zero3": "lota.seams",
-    "exchange_": "lota.apply",
-    "sparse_zero3": "lota.seams",
+    "apply_": "lota.delivery.live",
+    "calibration_zero3": "lota.blocks",
+    "exchange_": "lota.delivery.live",
+    "sparse_zero3": "lota.blocks",
 }
-_SUBMODULES = ("apply", "checkpoint", "export", "kernels", "optim", "plan", "selection", "ticket")
+_SUBMODULES = ("delivery", "kernels", "optim", "plan", "selection", "ticket")
 
 __all__ = ["Mask", "Ticket", "apply_", "calibration_zero3", "exchange_", "sparse_zero3"]
 

@@ -26,8 +26,8 @@ from lota.kernels import (
     rounding_key,
     squared_norm,
 )
+from lota.messages import did_you_mean
 from lota.ticket import Mask
-from lota.wording import did_you_mean
 
 
 class _Masked(torch.optim.Optimizer):

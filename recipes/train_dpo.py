@@ -8,7 +8,7 @@
 The flow, the options and the outputs are those of train_lota.py, with TRL's DPOConfig in place of SFTConfig and rows of
 prompt, chosen and rejected. Calibration scores weights by the preference loss. The reference is the base, loaded a
 second time and sharded (2 bytes a parameter over all ranks); `precompute_ref_log_probs: true` asks the base beforehand
-and saves that memory; `--method lora` switches its adapter off instead.
+and saves that memory; `--method lora` switches its adapter off instead. Installed, the same job is `lota dpo`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes run from the checkout, under any launcher
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file belongs to, if it has one
 
-from recipes import train_lota
-from recipes.arguments import PreferenceConfig
-from recipes.job import RESUME, run_job
-
-
-def main() -> None:
-    train_lota.main(PreferenceConfig)
-
+from lota.ranks.process import RESUME, run_job
+from lota.train.job import main_dpo as main
 
 if __name__ == "__main__":
     run_job(main, advice=RESUME)

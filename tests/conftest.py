@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tests.ranks import RankPool
+from tests.rank_pool import RankPool
 
 
 @pytest.fixture(scope="session")

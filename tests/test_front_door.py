@@ -9,7 +9,7 @@ import pytest
 
 import lota
 
-SUBMODULES = ["apply", "checkpoint", "export", "kernels", "optim", "plan", "selection", "ticket"]
+SUBMODULES = ["delivery", "kernels", "optim", "plan", "selection", "ticket"]
 
 
 def _run(code: str) -> str:

@@ -18,7 +18,7 @@ def join_world_of_one(device: Device) -> None:
     """torch.distributed through DeepSpeed, on the device's own backend, until the process ends."""
     import deepspeed
 
-    from lota.zero.world import leave_out_shared_memory
+    from lota.ranks.world import leave_out_shared_memory
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if dist.is_initialized():

@@ -68,8 +68,8 @@ def index_peak(bench: Bench) -> None:
 
 def whole_gradients(bench: Bench) -> None:
     """F. Host time of cutting one gradient into stretches for 64 ranks (gradient_reduction=dense, gradient scores)."""
-    from lota.zero.reduction import GradientReducer, ReductionGroups
-    from lota.zero.whole import WholeGradients
+    from lota.zero.compact.reduction import GradientReducer, ReductionGroups
+    from lota.zero.compact.whole_gradients import WholeGradients
 
     count, device, bucket = bench.sizes.whole_gradient, bench.device, bench.sizes.bucket
     whole = WholeGradients([count], 64, bucket)

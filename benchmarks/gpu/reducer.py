@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.engines import join_world_of_one
-from lota.zero.reduction import GradientReducer, ReductionGroups
+from lota.zero.compact.reduction import GradientReducer, ReductionGroups
 
 
 def run(bench: Bench) -> None:

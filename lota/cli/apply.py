@@ -44,8 +44,8 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from lota.checkpoint import apply_to_checkpoint
-    from lota.folder import locate
+    from lota.delivery.apply import apply_to_checkpoint
+    from lota.delivery.model_folder import locate
     from lota.ticket import Ticket
 
     tickets = [Ticket.load(path) for path in args.tickets]

@@ -37,9 +37,9 @@ lota export runs/gsm8k/ticket --base models/llama --format hf --out llama-gsm8k"
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from lota.checkpoint import apply_to_checkpoint
-    from lota.export.peft import export_peft
-    from lota.folder import locate
+    from lota.delivery.apply import apply_to_checkpoint
+    from lota.delivery.model_folder import locate
+    from lota.delivery.peft import export_peft
     from lota.ticket import Ticket
 
     ticket = Ticket.load(args.ticket)

@@ -136,7 +136,7 @@ def make_choices(
             density = choice.density or args.density
             taken = {"rows": part.rows, "dense": part.dense}
             return MaskCounts.even(model, names, density, choice.layout.shard_size, **taken)
-        from lota.zero.spread import mask_counts
+        from lota.zero.compact.mask_counts import mask_counts
 
         return mask_counts(mask, choice.layout.shard_size)
 

@@ -30,8 +30,8 @@ lota revert --tuned llama-gsm8k runs/gsm8k/ticket --out llama-again""",
 
 
 def run(args: argparse.Namespace) -> None:
-    from lota.checkpoint import revert_checkpoint
-    from lota.folder import locate
+    from lota.delivery.apply import revert_checkpoint
+    from lota.delivery.model_folder import locate
     from lota.ticket import Ticket
 
     tickets = [Ticket.load(path) for path in args.tickets]

@@ -20,7 +20,7 @@ ENCODED_MASK = "encoded mask, rank 0"
 TENSOR_RECORD = 600
 """Bytes of names and checksums that a tensor adds to a ticket, about."""
 _ADAMW = 12
-# How many buckets may be on their way, packed and received, beside the fp32 one being filled (lota.zero.reduction).
+# Buckets in flight, packed and received, beside the fp32 one being filled (lota.zero.compact.reduction).
 _ON_THEIR_WAY = 3
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lota.messages import did_you_mean
 from lota.ticket.codec import EncodedIndex, decode, decode_chunks, encode
 from lota.ticket.manifest import BaseTensor, TensorRecord
 from lota.ticket.reader import open_ticket
 from lota.ticket.rows import Rows, check_rows, span, whole
 from lota.ticket.writer import TicketWriter
-from lota.wording import did_you_mean
 
 Shape = tuple[int, ...]
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lota.folder import sync_path
+from lota.files import sync_path
 from lota.ticket.container import StreamWriter
 from lota.ticket.manifest import (
     DTYPES,

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lota.ticket import BaseTensor, Mask
 from lota.ticket.rows import whole
-from lota.zero import weights
-from lota.zero.base import buffer_fingerprints, differing
-from lota.zero.checkpoint import Vector
+from lota.zero.checkpoint.vectors import Vector
+from lota.zero.deepspeed import weights
+from lota.zero.fingerprints import buffer_fingerprints, differing
 
 
 class StoredBuffers:

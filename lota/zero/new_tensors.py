@@ -18,10 +18,10 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from lota.folder import weight_files
+from lota.delivery.model_folder import weight_files
+from lota.ranks.agree import together
 from lota.ticket.rows import whole
-from lota.zero import weights
-from lota.zero.agreement import together
+from lota.zero.deepspeed import weights
 
 _SAMPLE = 1024
 """Entries of a tensor that are compared with the checkpoint's: numbers made anew differ in nearly all of them."""
@@ -103,7 +103,7 @@ def _rows_there(
     if len(shape) != len(stored) or shape[1:] != stored[1:]:
         # Another layout altogether: a conversion that kept the name, or a head of another width.
         return None if math.prod(shape) == math.prod(stored) else 0
-    own = param.ds_tensor if hasattr(param, "ds_tensor") else param.detach()
+    own = weights.own_part(param)
     sample = own.reshape(-1)[: min(_SAMPLE, math.prod(shape), math.prod(stored))]
     if sample.numel() and not _is_sample_of(sample, file, key, shape):
         return 0

@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from recipes.checkpoints import is_complete
+from lota.run.checkpoints import is_complete
 from tests.cluster.hosts import ROOT, SSH_PORT, Host, missing, two_hosts
-from tests.recipes.test_end_to_end import command_of, succeed, world
+from tests.train.test_end_to_end import command_of, succeed, world
 
 __all__ = ["world"]  # a fixture of this module, too
 
@@ -157,7 +157,8 @@ def test_a_disk_that_is_not_shared(hosts: tuple[Host, Host], world: Path, tmp_pa
     (tmp_path / "disk").mkdir()
     hosts[1].run("mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "disk"))  # node-b sees one of its own there
     impatient = tmp_path / "impatient.py"
-    impatient.write_text("from recipes import one_view, train_lota\none_view.PATIENCE_SECONDS = 1\ntrain_lota.main()\n")
+    lines = ("from lota.ranks import agree", "from lota.train import job", "agree.PATIENCE_SECONDS = 1", "job.main()")
+    impatient.write_text("\n".join(lines) + "\n")
     command = command_of("train_lota.py", world, tmp_path / "disk" / "run", *OPTIONS)
     command[command.index("recipes/train_lota.py")] = str(impatient)
     status, said = Job(tmp_path, hosts[0], command).wait(600)

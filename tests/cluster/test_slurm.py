@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lota.run.checkpoints import newest, step_of
 from lota.ticket import Ticket
-from recipes.checkpoints import newest, step_of
 from tests.cluster.slurm import CannotStart, Cluster
-from tests.recipes.test_end_to_end import ROOT, world
+from tests.train.test_end_to_end import ROOT, world
 
 __all__ = ["world"]  # a fixture of this module, too
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 import lota
-import lota.seams
+import lota.blocks
 from lota import plan
 from lota.plan.methods import ENCODED_MASK
 from lota.selection import eligible
-from lota.zero.spread import mask_counts
+from lota.zero.compact.mask_counts import mask_counts
 from tests.counting import Traffic
 
 DECODER = {
@@ -132,7 +132,7 @@ def _moments(count: Traffic, engine: Any, run: Any, folder: str) -> dict[str, in
 
 def _resume(engine: Any, run: Any, folder: str) -> None:
     """Without moments of DeepSpeed's optimizer, as a new process has none."""
-    if isinstance(run, lota.seams.Calibration) and run.report()["score"] == "task_vector":
+    if isinstance(run, lota.blocks.Calibration) and run.report()["score"] == "task_vector":
         engine.optimizer.optimizer.state.clear()
     engine.load_checkpoint(folder)
 

@@ -95,15 +95,15 @@ def test_four_ranks(ranks, method, options):
 
 def _auto(memory):
     """Two steps with `auto` on an accelerator said to have that much memory."""
-    from lota.zero import sparse_run
+    from lota.zero import training
     from tests.zero import cases
 
-    measured = sparse_run.smallest_memory
-    sparse_run.smallest_memory = lambda device: memory
+    measured = training.smallest_memory
+    training.smallest_memory = lambda device: memory
     try:
         report = cases.sparse_run(cases.make_masks(), 1, 1)["report"]
     finally:
-        sparse_run.smallest_memory = measured
+        training.smallest_memory = measured
     return report
 
 

@@ -19,8 +19,8 @@ from lota.plan.advice import Choice
 from lota.plan.layout import Transfer
 from lota.selection import candidates, eligible
 from lota.ticket import Mask
-from lota.zero.layout import owned_range, owner_counts
-from lota.zero.spread import mask_counts
+from lota.zero.compact.layout import owned_range, owner_counts
+from lota.zero.compact.mask_counts import mask_counts
 
 GIB = 1 << 30
 LLAMA_8B = {

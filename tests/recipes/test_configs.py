@@ -19,8 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTTrainer
 
-from recipes import data, data_files
-from recipes.arguments import LotaArguments, RecipeConfig, parse, validate
+from lota.data import dataset, sources
+from lota.run.options import LotaArguments, RecipeConfig, parse
+from lota.run.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "recipes" / "configs"
@@ -152,7 +153,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str]
         asked.append((name, split))
         return Dataset.from_list(task.rows[name] * 3)
 
-    monkeypatch.setattr(data_files, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
     monkeypatch.chdir(ROOT)
     return asked
 
@@ -190,7 +191,7 @@ def test_the_models_files_differ_in_the_model_only() -> None:
 def test_the_tasks_files_share_all_that_is_not_the_data() -> None:
     own = {"per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "num_train_epochs"}
     chat = {"chat_template_path", "assistant_only_loss"}
-    of_data = {entry.name for entry in data.DataArguments.__dataclass_fields__.values()}
+    of_data = {entry.name for entry in dataset.DataArguments.__dataclass_fields__.values()}
     shared = []
     for task in TASKS:
         content = yaml.safe_load((FOLDER / f"llama31_8b_{task}.yaml").read_text(encoding="utf-8"))
@@ -207,7 +208,7 @@ def test_rows_of_the_hubs_form_train_the_answers_and_nothing_else(
     task = TASKS[path.stem.removeprefix(next(stem for stem in MODELS if path.stem.startswith(stem)) + "_")]
     if args.eval_rows is not None:
         args.eval_rows = 1  # of the stand-in's few rows
-    sets = data.load(args, config.seed)
+    sets = dataset.load(args, config.seed)
     assert {name for name, _ in hub} == set(task.rows)
     assert all(str(tmp_path) in file["filename"] for file in sets.train.cache_files)
     assert sets.evaluation is not None and len(sets.evaluation) > 0

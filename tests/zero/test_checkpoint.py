@@ -281,10 +281,10 @@ def test_a_damaged_checkpoint_is_refused(ranks, saved, tmp_path, damage, message
 
 def _failing_save(folder: str, failure: str) -> list[str]:
     """A good save, then one that fails on rank 1 only (disk) or that is asked for at the wrong time."""
-    from lota.zero import checkpoint
+    from lota.zero.checkpoint import vectors
 
     errors = []
-    whole = checkpoint._write_vectors
+    whole = vectors._write_vectors
 
     def fail(*args: Any) -> Any:
         whole(*args)
@@ -299,13 +299,13 @@ def _failing_save(folder: str, failure: str) -> list[str]:
             x, flags, target = cases.micro_batches(3, 1)[0]
             engine.backward(F.cross_entropy(engine(x.bfloat16(), flags).float(), target))
         if failure == "disk" and torch.distributed.get_rank() == 1:
-            checkpoint._write_vectors = fail
+            vectors._write_vectors = fail
         try:
             engine.save_checkpoint(folder, tag="kept", client_state={"it": object()} if failure == "client" else {})
         except (ValueError, OSError) as error:
             errors.append(f"{type(error).__name__}: {error}")
         finally:
-            checkpoint._write_vectors = whole
+            vectors._write_vectors = whole
         engine.destroy()
     engine.run.release()
     return errors

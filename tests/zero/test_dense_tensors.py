@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import lota
-from lota.card import ticket_card
-from lota.checkpoint import apply_to_checkpoint, revert_checkpoint
 from lota.cli import main
-from lota.export.peft import export_peft
+from lota.delivery.apply import apply_to_checkpoint, revert_checkpoint
+from lota.delivery.card import ticket_card
+from lota.delivery.peft import export_peft
 from lota.ticket import read_manifest
 from tests.zero import cases
 

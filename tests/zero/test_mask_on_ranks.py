@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lota
-from lota.zero.outline import MaskOutline
+from lota.zero.compact.outline import MaskOutline
 from tests.zero import cases
 
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import lota
-from tests.recipes import jobs, tiny
+from tests.data import tiny
+from tests.train import jobs
 from tests.zero import cases
 from tests.zero.test_calibration import STEPS, _batches
 

@@ -280,7 +280,7 @@ def _check(raw: dict[str, Any], has_mpu: bool) -> None:
     """The check alone: DeepSpeed sets process-wide switches for these before it builds an engine."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    from lota.zero.supported import check_config
+    from lota.zero.deepspeed.supported import check_config
 
     check_config(
         DeepSpeedConfig(cases.config(1, 1) | raw), is_sparse=True, is_compact=True, mpu=object() if has_mpu else None

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import lota
-from lota.zero.skipped import SkippedSteps
+from lota.zero.compact.skipped_steps import SkippedSteps
 from tests.zero import cases
 
 SPOILT = "blocks.0.up.weight"

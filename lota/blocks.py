@@ -1,0 +1,250 @@
+"""The two blocks that turn a DeepSpeed, transformers or TRL script into LoTA."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lota.kernels import CHOICES as KERNELS
+from lota.kernels import using
+from lota.messages import did_you_mean
+from lota.ranks.world import join_world
+from lota.selection import (
+    Candidates,
+    Selection,
+    candidates,
+    check,
+    check_unprotected,
+    dense_tensors,
+    left_out,
+    left_out_lines,
+    select,
+    validate_budget,
+    validate_density,
+)
+from lota.selection.kinds import IN_BLOCKS
+from lota.ticket import Mask, Ticket
+from lota.zero.calibration import CalibrationRun
+from lota.zero.compact.scores import SCORES
+from lota.zero.compact.skipped_steps import DEFAULT_MAX_SKIPPED_STEPS
+from lota.zero.deepspeed.engine import substituted
+from lota.zero.training import SparseRun
+
+_LOG = logging.getLogger("lota")
+_WORTH_A_WARNING = 0.01  # of the weights, inside blocks and yet left out
+
+GRADIENT_REDUCTIONS = ("auto", "compact", "dense")
+
+
+class Calibration:
+    """Handle of a `calibration_zero3` block."""
+
+    def __init__(self, run: CalibrationRun, density: float, budget: str, protect: Sequence[Mask], seed: int) -> None:
+        self._run, self._density, self._budget, self._protect, self._seed = run, density, budget, protect, seed
+        self.selection: Selection | None = None
+        self._report: dict[str, Any] | None = None
+
+    def mask(self, density: float | None = None, budget: str | None = None, *, keep: bool = False) -> Mask:
+        """Select the mask from the scores, the same on every rank, with the base's fingerprints. Collective.
+
+        density, budget: instead of the block's. keep: keep the scores for another call; otherwise they are released.
+        """
+        density = self._density if density is None else density
+        budget = self._budget if budget is None else budget
+        validate_density(density)
+        validate_budget(budget)
+        self._report = self._run.report()
+        self.selection = select(
+            self._run.scores,
+            self._run.shapes,
+            density=density,
+            budget=budget,
+            protect=self._protect,
+            seed=self._seed,
+            group=self._run.groups.reduction.world,
+            base={name: self._run.base[name] for name in self._run.names},
+            rows=self._run.rows,
+        )
+        mask = self.selection.mask
+        if self._run.dense:
+            mask = mask.with_dense(
+                self._run.dense, mask.base | {name: self._run.base[name] for name in self._run.dense}
+            )
+        if not keep:
+            self._run.release()
+        return mask
+
+    def report(self) -> dict[str, Any]:
+        """Bytes this rank held, by kind; eligible entries; what was left out; steps; after `mask()` also what was
+        selected."""
+        report = self._report if self._report is not None else self._run.report()
+        report["left_out"] = [
+            asdict(row) for row in left_out(self._run.model_shapes, {*self._run.names, *self._run.dense})
+        ]
+        if self.selection is None:
+            return report
+        chosen = self.selection
+        return report | {
+            "num_active": chosen.num_active,
+            "density": chosen.density,
+            "num_tied": chosen.num_tied,
+            "num_zero_scored": chosen.num_zero_scored,
+            "per_tensor": chosen.per_tensor,
+        }
+
+
+@contextmanager
+def calibration_zero3(
+    *,
+    score: str = "task_vector",
+    density: float = 0.1,
+    budget: str = "global",
+    protect: Sequence[Any] = (),
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    dense: Sequence[str] | None = None,
+    seed: int = 0,
+    max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
+) -> Iterator[Calibration]:
+    """Calibrate with the training script inside the block: `run.mask()` afterwards gives the mask.
+
+    Inside, `deepspeed.initialize` (which Trainers call in `train()`) builds an engine on ZeRO-3 whose weights are
+    sharded over all ranks. `task_vector` trains densely (eligible tensors only) and scores |fp32 master - base|;
+    `gradient`, `fisher` and `snip` accumulate scores in place of steps and leave the weights alone; `magnitude` and
+    `random` look at the weights only. protect: masks, tickets or their paths, whose entries are never chosen. include,
+    exclude: patterns over tensor names (see `lota.selection.eligible`); one of `include` may name a range of rows:
+    `model.embed_tokens.weight[128256:]`. dense: patterns of tensors (or their rows) to train whole, beside the entries
+    that are chosen: what the base does not have (a new head, added rows), which is refused otherwise; they join the
+    mask with all of their entries. max_skipped_steps: see `sparse_zero3`.
+    ValueError for what is wrong or unsupported, before training.
+    """
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}" + did_you_mean(score, SCORES))
+    validate_density(density)
+    validate_budget(budget)
+    masks = [_as_mask(item) for item in protect]
+
+    def choose(
+        trainable: Mapping[str, tuple[int, ...]],
+        model: Mapping[str, tuple[int, ...]],
+        buffers: Mapping[str, tuple[int, ...]],
+    ) -> Candidates:
+        chosen = candidates(trainable, include, exclude, dense, buffers)
+        check_unprotected(chosen.dense, masks)
+        _log_left_out(model, {*chosen.names, *chosen.dense}, include is not None or exclude is not None)
+        return chosen
+
+    run = CalibrationRun(
+        score,
+        choose,
+        lambda shapes, rows, base: check(shapes, density=density, budget=budget, protect=masks, base=base, rows=rows),
+        max_skipped_steps,
+        names_adapters=include is not None,
+    )
+    with _block(run):
+        yield Calibration(run, density, budget, masks, seed)
+
+
+@contextmanager
+def sparse_zero3(
+    mask: Any,
+    *,
+    dense: Sequence[str] | None = None,
+    shard_group_size: int | str | None = None,
+    gradient_reduction: str = "auto",
+    reduce_every: str = "micro_step",
+    kernels: str = "auto",
+    max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
+    rounding_seed: int | None = None,
+) -> Iterator[SparseRun]:
+    """Train only the active entries of `mask` with the training script inside the block; `run.save_ticket(path)`
+    afterwards.
+
+    mask: a `Mask`, a `Ticket`, or the path of one. Once the engine is built only rank 0 keeps its indices, and
+    `run.mask` of the others has names, shapes and counts only; a mask that the script itself refers to stays in memory.
+    Inside, `deepspeed.initialize` builds an engine whose masters,
+    moments and gradients exist for active entries only; everything else of the model keeps its bits. The script passes
+    `model.parameters()` as ever; tensors that the mask does not name are frozen for the length of the block.
+    dense: patterns of tensors (or their rows, `name[a:b]`) to train whole beside the mask's entries, and to store whole
+    in the ticket; a mask from a calibration with `dense` has them already. Persistent buffers that training moves
+    (BatchNorm's statistics) are stored when named here, and an error when they are not.
+    shard_group_size: how many ranks together hold one copy of the weights: a number (1: every rank holds all), `node`
+    (the ranks of a node, as the launcher counts them), `world` or None (all).
+    gradient_reduction: `compact` sends active entries only, and every rank holds the index of all of them; `dense`
+    reduces whole gradients, and a rank holds its own share of the index; `auto` takes compact unless a rank would then
+    hold more than 80% of its accelerator's memory and less with dense (lota.plan.reduction). reduce_every: `step` sends
+    once per step instead of once per micro step, for 4 bytes per active entry, unsharded, with `compact` only. kernels:
+    `auto` takes Triton on GPUs and compiled C on CPUs where they can run, else plain torch; `triton` and `torch` force
+    one; all give the same bits. Gradients are sent in fp32 unless the DeepSpeed configuration says
+    `communication_data_type: bf16`. rounding_seed: None rounds the fp32 masters into the weights to nearest even; a
+    seed rounds them into bf16 weights stochastically, by bits that depend on the seed, the step and the weight's place
+    in the model alone, whatever the ranks; with AdamW and RMSprop only.
+    ValueError for what is wrong or unsupported, before training.
+    """
+    _check_choice("gradient_reduction", gradient_reduction, GRADIENT_REDUCTIONS)
+    _check_choice("reduce_every", reduce_every, ("micro_step", "step"))
+    _check_choice("kernels", kernels, KERNELS)
+    if gradient_reduction == "dense" and reduce_every == "step":
+        raise ValueError(
+            "reduce_every='step' with gradient_reduction='dense' would keep whole gradients on every rank until the "
+            "end of the step; use reduce_every='micro_step', or gradient_reduction='compact'"
+        )
+    run = SparseRun(
+        _as_mask(mask),
+        dense=lambda shapes: dense_tensors(shapes, dense),
+        shard_group_size=shard_group_size,
+        gradient_reduction=gradient_reduction,
+        once_per_step=reduce_every == "step",
+        max_skipped_steps=max_skipped_steps,
+        rounding_seed=rounding_seed,
+    )
+    del mask  # else this frame would keep its indices on every rank
+    with using(kernels, run.device), _block(run):
+        yield run
+
+
+@contextmanager
+def _block(run: CalibrationRun | SparseRun) -> Iterator[None]:
+    has_failed = True
+    join_world()
+    hook = register_optimizer_step_pre_hook(run.check_step)
+    try:
+        with substituted(run, run.optimizer_class):
+            yield
+        has_failed = False
+    finally:
+        hook.remove()
+        run.close(has_failed)
+
+
+def _log_left_out(model: Mapping[str, tuple[int, ...]], taken: Collection[str], is_asked: bool) -> None:
+    """What of the model is left out, on rank 0: as a warning where nobody may expect it."""
+    if dist.get_rank() > 0:
+        return
+    rows = left_out(model, taken)
+    inside = sum(row.share for row in rows if row.kind in IN_BLOCKS)
+    level = logging.INFO if is_asked or inside < _WORTH_A_WARNING else logging.WARNING
+    for line in left_out_lines(rows):
+        _LOG.log(level, line)
+
+
+def _as_mask(item: Any) -> Mask:
+    if isinstance(item, Mask):
+        return item
+    if isinstance(item, Ticket):
+        return item.mask
+    if isinstance(item, (str, Path)):
+        return Mask.load(item)
+    raise ValueError(f"expected a lota.Mask, a lota.Ticket or the path of one, got {type(item).__name__}")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}" + did_you_mean(value, choices))

@@ -1,0 +1,1 @@
+"""Scores of a base model and tickets on it."""

@@ -1,1 +1,0 @@
-"""Tickets in other tools' formats."""

@@ -1,0 +1,80 @@
+"""How a recipe runs as a job of several ranks: whatever ends one of them ends all, soon, with a line that says why."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from lota.ranks.watch import RankWatch
+
+RESUME = " Go on with the same command and --resume_from_checkpoint true."
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NEWS = 5.0  # seconds after a broken collective in which the rank that broke it is known
+
+_advice: str | None = None
+_watch: RankWatch | None = None
+_is_training = False
+
+
+def run_job(main: Callable[[], None], advice: str = "") -> None:
+    """Run `main` as this process's job and exit: 0, 2 where the user gave something wrong, 1 for everything else.
+
+    advice: what to do after a rank ended too early; begins with a space.
+    """
+    global _advice
+    _advice = advice
+    try:
+        main()
+    except Exception as error:  # noqa: BLE001 (told to all ranks)
+        sys.exit(_end(error))
+    except SystemExit:
+        _leave()
+        raise
+    _leave()
+
+
+def watch_ranks() -> None:
+    """From here on the end of any rank is noticed by all, in a process that `run_job` runs. Collective; the ranks have
+    met, which a launcher watches over."""
+    global _watch
+    if _advice is not None and _watch is None and dist.is_initialized():
+        _watch = RankWatch(_advice)
+
+
+def training(is_training: bool) -> None:
+    """Between the begin and the end of the steps nothing is checked that the user gave: a ValueError is a fault then,
+    and shows where it came from."""
+    global _is_training
+    _is_training = is_training
+
+
+def _leave() -> None:
+    if _watch is not None:
+        _watch.leave()
+
+
+def _end(error: Exception) -> int:
+    """Say what happened, once in a job; the exit status."""
+    is_wrong_input = isinstance(error, ValueError) and not _is_training
+    is_disk_full = isinstance(error, OSError) and error.errno in _DISK_FULL
+    says_all = is_wrong_input or is_disk_full or isinstance(error, FloatingPointError)  # from skipped steps
+    reason = str(error) if is_wrong_input else f"{type(error).__name__}: {error}"
+    if _watch is not None and isinstance(error, RuntimeError) and _watch.wait_for_end(_NEWS) is not None:
+        return 1  # a collective that another rank broke
+    if not says_all:
+        traceback.print_exception(error)
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    text = reason if is_wrong_input else f"rank {rank} failed: {reason}.{_advice}"
+    if _watch is not None:
+        _watch.fail(reason, text)
+    else:
+        if rank > 0:
+            time.sleep(3)  # what all ranks say alike, rank 0 has said, and its launcher has ended the others
+        print(f"[lota] {text}", file=sys.stderr, flush=True)
+    return 2 if is_wrong_input else 1

@@ -1,0 +1,237 @@
+"""One phase of a run: load the base, train it under TRL inside the block that the caller opened, let it go again."""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import deepspeed
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import AutoModelForCausalLM, ProgressCallback
+
+from lota.data import trained_tokens
+from lota.data.dataset import Sets
+from lota.data.tokenizer import chat_template, load_tokenizer
+from lota.ranks.agree import alike, from_rank_0
+from lota.ranks.stop import leave_if_asked
+from lota.ranks.world import rank, say, world_size
+from lota.run import checkpoint_manifest
+from lota.run.batch import Batch
+from lota.run.checkpoints import chosen, is_complete, step_of
+from lota.run.folder import RunFolder
+from lota.run.options import Config, LotaArguments, PreferenceConfig
+from lota.train import lora
+from lota.train.callbacks import Log, NoLastCheckpoint, Progress
+from lota.train.tracking import tracking_of
+from lota.train.trainer import trainer_class
+
+_DOING = {"calibrate": "calibration", "train": "training"}
+
+
+class Phase:
+    """A trainer on a freshly loaded base. Build and run it inside a lota block; `close()` frees the engine."""
+
+    def __init__(
+        self,
+        name: str,
+        args: LotaArguments,
+        config: Config,
+        data: Sets,
+        folder: RunFolder,
+        **changes: Any,
+    ) -> None:
+        """changes: values of TrainingArguments for this phase only. Arguments are made afresh for each phase, because
+        DeepSpeed's "auto" values are filled into them."""
+        train, evaluation = data
+        self.name = name
+        where = folder.checkpoints_of(name)
+        self._checkpoint = from_rank_0(lambda: chosen(config.resume_from_checkpoint, where))
+        with alike():
+            if self._checkpoint is not None and not is_complete(self._checkpoint):
+                raise ValueError(f"{self._checkpoint} is not a complete checkpoint")
+        self._log = Log(name, folder, 0 if self._checkpoint is None else step_of(self._checkpoint))
+        # Evaluating at step 0 gives the base's loss from the very engine that trains.
+        changes["eval_on_start"] = evaluation is not None and self._checkpoint is None
+        if evaluation is None:
+            changes |= {"eval_strategy": "no", "load_best_model_at_end": False}
+        changes |= {"output_dir": str(where), "report_to": "none"}
+        if getattr(config, "chat_template_path", None) is not None:
+            changes["chat_template_path"] = chat_template(config.chat_template_path)
+        self.config = replace(config, **changes)
+        if rank() > 0 or not sys.stderr.isatty():
+            disable_progress_bars()
+        # On CPU ranks the arguments set up torch.distributed alone; zero.Init would take the world for one rank.
+        deepspeed.init_distributed()
+        leave_if_asked(f"before {_DOING[name]}")
+        # Loading rewinds: nothing of an earlier phase is reused. from_pretrained shards at once, because the
+        # arguments above registered the ZeRO-3 configuration.
+        model = load_model(args, config)
+        # Where embeddings are frozen, reentrant checkpointing cuts the graph unless their output asks for a gradient.
+        if self.config.gradient_checkpointing:
+            model.enable_input_require_grads()
+        self.trainer = trainer_class(config)(
+            model=model,
+            **({"ref_model": load_model(args, config)} if needs_reference(args, config) else {}),
+            args=self.config,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=load_tokenizer(args),
+            peft_config=lora.peft_config(args) if args.method == "lora" else None,
+        )
+        self.trainer.saved_step = None if self._checkpoint is None else step_of(self._checkpoint)
+        self.trainer.remove_callback(ProgressCallback)
+        self.folder = folder
+        self._num_dropped = 0 if getattr(self.config, "packing", False) else len(train) - len(self.prepared)
+        self._log.num_skipped = lambda: self.trainer.deepspeed.skipped_steps
+        self.trainer.add_callback(self._log)
+        if name == "calibrate":
+            self.trainer.add_callback(NoLastCheckpoint())
+        # Calibration comes first on the run's one axis of steps.
+        first_step = (args.calibration_steps or 0) if name == "train" else 0
+        for callback in tracking_of(folder.path, config.report_to).callbacks(name, first_step):
+            self.trainer.add_callback(callback)
+        if not self.config.disable_tqdm:
+            self.trainer.add_callback(Progress(name))
+
+    @property
+    def prepared(self) -> Dataset:
+        """The training set as TRL tokenized it, which the next phase can take as it is."""
+        return self.trainer.train_dataset
+
+    @property
+    def num_micro_steps(self) -> int:
+        """Backwards of the training so far."""
+        return self._log.num_micro_steps
+
+    def run(self) -> dict[str, Any]:
+        """Train, evaluate where there is an evaluation set, and say what happened. Collective."""
+        leave_if_asked(f"before {_DOING[self.name]}")  # loading takes a while
+        say(f"{self.name}: {batch_arithmetic(self.config, self.trainer.train_dataset)}")
+        if self._num_dropped:
+            say(f"{self.name}: {self._num_dropped} rows dropped, of whose answers max_length leaves nothing")
+        self._show_examples()
+        if self._checkpoint is not None:
+            say(f"{self.name}: going on from {self._checkpoint}")
+            ranks = checkpoint_manifest.read(self._checkpoint)[0].ranks
+            if ranks != world_size():
+                say(
+                    f"{self.name}: the checkpoint has the random states of {ranks} ranks; these {world_size()} begin "
+                    "with new ones, from the seed, the step and the rank"
+                )
+        started = time.monotonic()
+        output = self.trainer.train(None if self._checkpoint is None else str(self._checkpoint))
+        # The Trainer's own mean leaves out what came before it was resumed.
+        facts: dict[str, Any] = {"steps": output.global_step, "train_loss": mean_loss(self.trainer.state.log_history)}
+        if self._checkpoint is not None:
+            facts["resumed_from_step"] = step_of(self._checkpoint)
+        facts["last_step_loss"] = self._log.last_loss
+        self._leave_if_complete()
+        if self.trainer.eval_dataset is not None:
+            facts["eval_loss_before"] = self._log.first_eval_loss
+            scores = self.trainer.evaluate()
+            facts["eval_loss"] = scores["eval_loss"]
+            facts |= {name: value for name, value in scores.items() if name.startswith("eval_rewards/")}
+            self._leave_if_complete()
+        facts["seconds"] = round(time.monotonic() - started, 2)
+        return facts
+
+    def _leave_if_complete(self) -> None:
+        """After the last step a run stops only where a checkpoint of that step brings it back here. Without one, to
+        finish loses less."""
+        if self.trainer.saved_step == self.trainer.state.global_step:
+            leave_if_asked(f"after the last step of {_DOING[self.name]}")
+
+    def _show_examples(self) -> None:
+        """What the model will see of the first rows, once a run: two on the terminal, some more in examples.txt."""
+        if self.folder.is_writer and not self.folder.has_examples:
+            tokenizer = self.trainer.processing_class
+            found = trained_tokens.first_examples(self.trainer, trained_tokens.NUM_WRITTEN)
+            for example in found[: trained_tokens.NUM_SHOWN]:
+                say(f"example of {trained_tokens.show(tokenizer, *example)}")
+            self.folder.write_examples(trained_tokens.render(tokenizer, found))
+
+    def close(self) -> None:
+        """Destroy the engine and drop model and optimizer, so that the next phase has the memory."""
+        for model in (self.trainer, getattr(self.trainer, "ref_model", None)):
+            engine = getattr(model, "deepspeed", None) if model is self.trainer else model
+            if engine is not None:
+                engine.destroy()
+        self.trainer.accelerator.free_memory()
+        del self.trainer
+        gc.collect()
+        if torch.accelerator.is_available():
+            torch.accelerator.memory.empty_cache()
+
+
+
+
+
+
+
+
+def load_model(args: LotaArguments, config: Config) -> Any:
+    """The base as it is trained, sharded at once where a ZeRO-3 configuration was registered."""
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model_name_or_path,
+        revision=args.model_revision,
+        attn_implementation=args.attn_implementation,
+        dtype=training_dtype(config),
+    )
+    model.config.use_cache = False
+    return model
+
+
+def needs_reference(args: LotaArguments, config: Config) -> bool:
+    """Whether DPO loads the base once more. An adapter is switched off instead, and with precompute_ref_log_probs TRL
+    asks the model before it is trained."""
+    return isinstance(config, PreferenceConfig) and not config.precompute_ref_log_probs and args.method != "lora"
+
+
+def mean_loss(history: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean loss of all steps from the Trainer's log, where each entry is the mean since the one before."""
+    total, last = 0.0, 0
+    for entry in history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last)
+            last = entry["step"]
+    return total / last if last else None
+
+
+def training_dtype(config: Config) -> torch.dtype:
+    """The dtype the weights are trained in. The engine keeps the dtype it finds, so loading decides it."""
+    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+
+
+def batch_arithmetic(config: Config, train: Dataset) -> str:
+    """How many rows make a step, and how many steps there are."""
+    batch = Batch.of(config, world_size())
+    length = len(train)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(length / batch.rows * config.num_train_epochs)
+    num_trained = trained_tokens.num_trained_tokens(train, config.max_length)
+    rest = length % batch.rows
+    return (
+        f"{batch}, about {steps} steps over {length} rows with {num_trained} trained tokens, learning rate "
+        f"{config.learning_rate:g}"
+        + (f"; the last step of an epoch has {rest} of them and {batch.rows - rest} drawn once more" if rest else "")
+    )
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the block's wall time to seconds[name]."""
+    started = time.monotonic()
+    yield
+    seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - started, 2)
+
+
+
+
+
+

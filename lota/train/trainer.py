@@ -1,0 +1,159 @@
+"""TRL's trainers as a run uses them: whole checkpoints, whole steps, and a stop on a signal.
+
+The only file that overrides private methods of transformers' Trainer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import set_seed
+from transformers.trainer_utils import rotate_checkpoints
+from trl import DPOTrainer, SFTTrainer
+
+from lota.files import naming_disk_full, sync
+from lota.ranks.agree import together
+from lota.ranks.stop import heard, leave
+from lota.run import checkpoint_manifest
+from lota.run.batch import Batch, whole_steps
+from lota.run.checkpoints import FOLDER, STATE_NAME, step_of
+from lota.run.options import Config, PreferenceConfig
+
+
+class WholeCheckpoints:
+    """Put before a Trainer class: `checkpoint-N` appears by one rename, after all ranks have written their part.
+
+    The Trainer itself writes into the folder piece by piece under its final name, so a killed save looks complete.
+    Older checkpoints are removed only after the new one is there.
+    """
+
+    args: Any
+    state: Any
+    control: Any
+    accelerator: Any
+    _staging: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)  # type: ignore[misc]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's would stand in output_dir and speak of a model that is not there; the ticket has a card of its own."""
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer looks after a step whether it was the last: going on from the last checkpoint, it would take one
+        more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Every step of an epoch has all its rows, and the same ones on any number of ranks."""
+        sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        rows = Batch.of(self.args, self.args.world_size).rows
+        return whole_steps(sampler, rows, self.args.dataloader_drop_last)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The random states of a checkpoint of as many ranks; new ones, from the seed, on another number."""
+        if checkpoint is None:
+            return
+        if checkpoint_manifest.read(Path(checkpoint))[0].ranks == self.args.world_size:
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        else:
+            set_seed(new_seed(self.args.seed, self.state.global_step, self.args.process_index))
+
+    def _remove_later(self, folder: Path) -> None:
+        """Remove checkpoints of a run that had come further, before this one went on from an older checkpoint: they
+        would be the ones to go on from, and rotation would keep them."""
+        for path in folder.glob("checkpoint-*"):
+            if FOLDER.fullmatch(path.name) and step_of(path) > self.state.global_step:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(super()._get_output_dir(trial))  # type: ignore[misc]
+        name = f"checkpoint-{self.state.global_step}"
+        staging = folder / f".{name}.partial"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit, self._staging = self.args.save_total_limit, None, staging
+        try:
+            with naming_disk_full(folder / name):
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self.args.save_total_limit, self._staging = limit, None
+        if self.state.best_model_checkpoint == str(staging / name):
+            self.state.best_model_checkpoint = str(folder / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(staging / name / STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        views: list[checkpoint_manifest.Files | None] = [None] * dist.get_world_size()
+        with together():
+            view = checkpoint_manifest.look(staging / name) if self.args.local_process_index == 0 else None
+        dist.all_gather_object(views, view)
+        with together(), naming_disk_full(folder / name):
+            if self.args.should_save:
+                checkpoint_manifest.write(staging / name, Batch.of(self.args, self.args.world_size), views)
+                shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that went on from an older checkpoint
+                sync(staging / name)
+                os.replace(staging / name, folder / name)
+                sync(folder)
+                staging.rmdir()
+                self._remove_later(folder)
+                rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=False)
+
+
+def new_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a rank that goes on from a checkpoint of another number of ranks; 32 bits."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:4], "little")
+
+
+class StopsWhenAsked:
+    """Put before a Trainer class: at the end of a step, all ranks look whether any was asked to stop.
+
+    A stop saves whatever save_strategy says, and whichever step it is. The step's evaluation, where one is due, comes
+    first: the run that goes on would not repeat it. Raises Preempted, so that nothing of what the Trainer does after
+    its last step is done, such as loading the best checkpoint.
+    """
+
+    args: Any
+    state: Any
+    control: Any
+    callback_handler: Any
+    saved_step: int | None = None
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        self.saved_step = self.state.global_step
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        number = heard()
+        if number:
+            self.control.should_log = True  # the losses since the last log are not part of a checkpoint
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)  # type: ignore[misc]
+        if number:
+            step = self.state.global_step
+            if self.saved_step != step:
+                self._save_checkpoint(model, trial)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            leave(number, f"after step {step} of {self.state.max_steps}: {self.args.output_dir}/checkpoint-{step}")
+
+
+def trainer_class(config: Config) -> type[Any]:
+    """TRL's trainer for the kind of training that `config` describes, with checkpoints that appear whole."""
+    return _PreferenceTrainer if isinstance(config, PreferenceConfig) else _SupervisedTrainer
+
+
+class _SupervisedTrainer(StopsWhenAsked, WholeCheckpoints, SFTTrainer):
+    pass
+
+
+class _PreferenceTrainer(StopsWhenAsked, WholeCheckpoints, DPOTrainer):
+    pass

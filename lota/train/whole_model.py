@@ -1,0 +1,101 @@
+"""Whole models on disk, a shard file at a time: a base with its ticket applied, or the model of a ZeRO-3 engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lota.data.tokenizer import load_tokenizer
+from lota.delivery.apply import apply_to_checkpoint
+from lota.delivery.model_folder import locate
+from lota.ranks.agree import together
+from lota.ranks.world import barrier, rank, say
+from lota.run.options import LotaArguments
+from lota.ticket import Ticket
+from lota.train import lora
+
+SHARD_BYTES = 4 << 30
+
+
+def base_folder(args: LotaArguments) -> Path:
+    """The folder of the base's safetensors files; a model on the hub is downloaded, or found where it was cached."""
+    assert args.model_name_or_path is not None
+    return locate(args.model_name_or_path, args.model_revision)
+
+
+def save_applied(args: LotaArguments, dtype: torch.dtype, ticket_path: Path, path: Path) -> None:
+    """Write the base, cast to `dtype`, with the ticket's values assigned. Rank 0 works, the others wait."""
+    with together():
+        if rank() == 0:
+            shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before its summary
+            apply_to_checkpoint(base_folder(args), [Ticket.load(ticket_path)], path, dtype=dtype, say=say)
+            say(f"merged model in {path}")
+
+
+def save_sharded(engine: Any, path: Path, args: LotaArguments) -> None:
+    """Write the model of a ZeRO-3 engine as a Hugging Face folder. Collective.
+
+    Tensors are gathered one at a time, an adapter merged into them, and rank 0 holds at most one shard file. Tied
+    tensors are written once, as transformers does.
+    """
+    engine.empty_partition_cache()  # a forward pass leaves prefetched tensors in flight, which cannot be gathered
+    model = engine.module
+    temporary = path.with_name(f".{path.name}.partial")
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    shard: dict[str, Tensor] = {}
+    shards: list[list[str]] = []
+    total = 0
+    for name, tensor in lora.merged_tensors(model) if args.method == "lora" else _tensors(model):
+        if tensor is not None:
+            shard[name] = tensor
+            total += tensor.nbytes
+        if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
+            shards.append(_write_shard(temporary, len(shards), shard))
+            shard = {}
+    if rank() == 0:
+        if shard:
+            shards.append(_write_shard(temporary, len(shards), shard))
+        _name_shards(temporary, shards, total)
+        model.config.save_pretrained(temporary)
+        load_tokenizer(args).save_pretrained(temporary)
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before its summary
+        os.replace(temporary, path)
+        say(f"trained model in {path}")
+    barrier()
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, Tensor | None]]:
+    """Every tensor, whole, on rank 0. Collective."""
+    for name, param in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([param]):
+            yield name, param.detach().cpu().clone() if rank() == 0 else None
+
+
+def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> list[str]:
+    save_file(tensors, folder / f"{number}.safetensors", metadata={"format": "pt"})
+    return list(tensors)
+
+
+def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
+    """Give the files the names that transformers looks for, and an index where there is more than one."""
+    if len(shards) == 1:
+        os.replace(folder / "0.safetensors", folder / "model.safetensors")
+        return
+    weight_map: dict[str, Any] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(folder / f"{number}.safetensors", folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Checkpoints of a block: vectors in safetensors, and all else in JSON."""

@@ -1,0 +1,1 @@
+"""DeepSpeed's engine and optimizer, subclassed: the only room that knows its private names."""

@@ -1,0 +1,87 @@
+"""Preference training leaves what fine-tuning leaves: a ticket, an adapter or a model, each from TRL's DPO losses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lota.ticket import Ticket
+from tests.train import jobs
+from tests.zero.trainers import make_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_base(tmp_path_factory.mktemp("base"))
+    rows = map(json.loads, (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["other"]} for r in rows]
+    (folder / "preferences.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder
+
+
+def run(ranks, base: Path, name: str, *options: str) -> Path:
+    files = {"train_file": base / "preferences.jsonl", "eval_file": base / "preferences.jsonl"}
+    settings = {
+        "model_name_or_path": base,
+        "output_dir": base / name,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+    }
+    argv = [word for key, value in (files | settings).items() for word in (f"--{key}", str(value))]
+    ranks(2).run(jobs.run_recipe, "train_dpo", [*argv, *options])
+    return base / name
+
+
+def test_a_ticket_with_a_reference_and_with_its_answers_computed_beforehand(ranks, base: Path) -> None:
+    sparse = ("--calibration_steps", "2", "--score", "task_vector")
+    output = run(ranks, base, "reference", *sparse, "--merged", "true")
+    mask = str(output / "ticket")
+    ahead = run(ranks, base, "ahead", "--mask", mask, "--precompute_ref_log_probs", "true")
+    # The policy is its own reference at first: log 2.
+    assert jobs.losses(output)[0] == pytest.approx(math.log(2), abs=1e-3)
+    assert jobs.losses(output)[-1] < jobs.losses(output)[0]
+    assert jobs.losses(ahead) == pytest.approx(jobs.losses(output), abs=2e-2)  # bf16 answers, other batch shapes
+    summary = jobs.summary(output)
+    assert summary["training"]["eval_loss"] < summary["training"]["eval_loss_before"]
+    assert summary["training"]["eval_rewards/accuracies"] > 0.5
+
+    # Of a row both answers are shown, the better one first.
+    assert (output / "examples.txt").read_text(encoding="utf-8").count("of them trained") == 2 * 8
+
+    ticket = Ticket.load(output / "ticket")
+    assert ticket.num_active == round(0.1 * ticket.mask.eligible) and ticket.num_changed > 0
+    before, after = load_file(base / "model.safetensors"), load_file(output / "merged" / "model.safetensors")
+    for name, tensor in before.items():
+        active = ticket.mask.dense(name) if name in ticket.names else torch.zeros_like(tensor, dtype=torch.bool)
+        assert torch.equal(after[name][~active], tensor[~active]), name
+
+
+def test_an_adapter_is_switched_off_for_the_reference(ranks, base: Path) -> None:
+    output = run(ranks, base, "lora", "--method", "lora", "--lora_dropout", "0")
+    assert jobs.losses(output)[0] == pytest.approx(math.log(2), abs=1e-3)
+    assert jobs.losses(output)[-1] < jobs.losses(output)[0]
+    assert (output / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_run_that_stopped_after_a_checkpoint_gives_the_same_ticket(ranks, base: Path) -> None:
+    options = ("--calibration_steps", "2", "--score", "gradient", "--save_steps", "2", "--max_steps", "5")
+    straight = run(ranks, base, "straight", *options)
+    stopped = base / "stopped"
+    stopped.mkdir()
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "calibration.json"):
+        shutil.copy(straight / name, stopped / name)
+    for name in ("mask", "checkpoint-2"):
+        shutil.copytree(straight / name, stopped / name)
+    run(ranks, base, "stopped", *options, "--resume_from_checkpoint", "true")
+    assert jobs.summary(stopped)["training"]["resumed_from_step"] == 2
+    for name in ("ticket.safetensors", "ticket.json"):
+        assert (stopped / "ticket" / name).read_bytes() == (straight / "ticket" / name).read_bytes()
+    assert jobs.losses(stopped) == jobs.losses(straight) and len(jobs.losses(stopped)) == 5

@@ -1,0 +1,53 @@
+"""The first lines of a run count what the recipe will really hold: DPO's reference, and the adapters that were asked
+for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from lota.run.options import Config, PreferenceConfig, RecipeConfig, parse
+from lota.run.validate import validate
+from lota.train.say_plan import layout_of, plans_of
+
+NUM_LAYERS, WIDTH, HIDDEN = 2, 32, 56
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=NUM_LAYERS, num_attention_heads=2, vocab_size=64
+    ).save_pretrained(folder)
+    return folder
+
+
+def planned(base: Path, config_class: type[Config], *argv: str):
+    words = ["--model_name_or_path", str(base), *argv]
+    args, config = parse(words, config_class)
+    validate(args, config, argv=words)
+    return plans_of(args, config, layout_of(args, config))
+
+
+def test_a_reference_is_one_more_copy_of_the_weights(base: Path) -> None:
+    alone, beside = planned(base, RecipeConfig), planned(base, PreferenceConfig)
+    assert len(alone) == len(beside) == 2
+    for one, two in zip(alone, beside):
+        assert two.held - one.held == one.device["weights"]
+    precomputed = planned(base, PreferenceConfig, "--precompute_ref_log_probs", "true")
+    assert [plan.held for plan in precomputed] == [plan.held for plan in alone]
+
+
+@pytest.mark.parametrize(
+    ("targets", "outputs"),
+    [
+        (["q_proj", "down_proj"], (WIDTH + WIDTH) + (HIDDEN + WIDTH)),
+        ([r".*\.(gate|up)_proj"], 2 * (WIDTH + HIDDEN)),
+        (["all-linear"], 4 * (WIDTH + WIDTH) + 3 * (WIDTH + HIDDEN)),
+    ],
+)
+def test_adapters_are_those_that_were_asked_for(base: Path, targets: list[str], outputs: int) -> None:
+    (plan,) = planned(base, RecipeConfig, "--method", "lora", "--lora_r", "4", "--lora_target_modules", *targets)
+    assert plan.trained == NUM_LAYERS * 4 * outputs
