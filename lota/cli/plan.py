@@ -60,6 +60,11 @@ lota plan models/llama-8b --ranks 8 --json | python -m json.tool""",
     add("--gradient_checkpointing", action="store_true", help="activations are computed twice")
     add("--offload_param", action="store_true", help="sparse training's weights and state in host memory")
     add("--offload_optimizer", action="store_true", help="dense training's optimizer state in host memory")
+    add("--architecture", help="transformers class to plan, such as LlamaForSequenceClassification (a causal LM)")
+    add(
+        "--set", action="append", metavar="ENTRY=VALUE", help="plan with another value of an entry of config.json: "
+        "num_labels=3 of a head, vocab_size=128264 where rows were added; repeatable"
+    )
     add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of the weights (bfloat16)")
     add("--revision", default="main", help="branch, tag or commit on the hub (main)")
     add("--memory", help="of one accelerator, such as 80GiB: says what fits, and what would make it fit")
@@ -81,7 +86,10 @@ def run(args: argparse.Namespace) -> None:
         offload_param=args.offload_param,
         offload_optimizer=args.offload_optimizer,
     )
-    model = read_model(args.model, revision=args.revision, dtype=args.dtype)
+    architecture, entries = model_choice(args)
+    model = read_model(
+        args.model, revision=args.revision, dtype=args.dtype, architecture=architecture, entries=entries
+    )
     choices = make_choices(args, model, layout, memory)
     plans = [choice.make(choice) for choice in choices]
     advice = [] if memory is None else [line for choice in choices for line in advise(choice, memory)]
@@ -99,6 +107,26 @@ def run(args: argparse.Namespace) -> None:
         print(f"A plan fits where its peak is at most {format_bytes(memory)}; leave some of it for activations.")
     for line in left_out_lines(rows):
         print(line)
+
+
+def model_choice(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
+    """The class and the entries of config.json to plan with: those of `--architecture` and `--set`, else what the
+    ticket of `--mask` says of a model with more tensors than its base."""
+    facts: dict[str, Any] = {}
+    if args.mask is not None:
+        from lota.ticket import read_manifest
+
+        facts = read_manifest(args.mask).model
+    entries = {key: value for key, value in (facts.get("config") or {}).items() if key != "architectures"}
+    for text in args.set or ():
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise ValueError(f"--set takes ENTRY=VALUE, such as num_labels=3, got {text!r}")
+        try:
+            entries[key] = json.loads(value)
+        except json.JSONDecodeError:
+            entries[key] = value
+    return args.architecture or facts.get("class"), entries
 
 
 def _group_size(asked: str | None, node_size: int | None, ranks: int) -> int | None:
@@ -176,7 +204,10 @@ def _load_mask(path: Path, model: ModelShapes) -> Any:
     mask = Mask.load(path)
     for name in mask.names:
         if name not in model.shapes:
-            raise ValueError(f"{path} names {name}, which {model.name} does not have: it is a mask of another model")
+            raise ValueError(
+                f"{path} names {name}, which {model.name} does not have: it is a mask of another model, or of another "
+                "class of this one, which --architecture names"
+            )
         if mask.shape(name) != model.shapes[name]:
             raise ValueError(
                 f"{path}: {name} has shape {mask.shape(name)}, in {model.name} it has {model.shapes[name]}"

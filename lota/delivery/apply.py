@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lota.delivery.architecture import build_on_meta
+from lota.architecture import build_on_meta, missing_names, tied_names
 from lota.delivery.card import CARD_NAME, is_card, merged_card
 from lota.delivery.live import check_disjoint, check_is_base, flatten, grown
-from lota.delivery.model_folder import INDEX_NAME, WEIGHT_SUFFIXES, read_tensors, stored_dtypes, tensor_files
+from lota.delivery.model_folder import (
+    INDEX_NAME,
+    WEIGHT_SUFFIXES,
+    read_tensor,
+    read_tensors,
+    stored_dtypes,
+    tensor_files,
+)
 from lota.files import new_folder
 from lota.messages import did_you_mean
 from lota.ticket import Ticket
@@ -39,10 +46,11 @@ def apply_to_checkpoint(
     """Write the checkpoint folder `out`: the safetensors folder `base` with the tickets' values assigned, and a card.
 
     A file at a time is in memory; other files (configuration, tokenizer) are copied. Tensors and rows that the base
-    does not have are added, and config.json names the class that has them. Where the checkpoint names its
-    tensors otherwise than the loaded model does (mixtures of experts), transformers loads and saves it whole instead.
-    Tickets must be of this base and must not overlap. dtype: cast the base's floating tensors first; None takes the
-    dtype in which the tickets were trained. `out` appears by one rename when it is complete; ValueError leaves nothing
+    does not have are added, and config.json names the class that has them. Tied weights that the files hold twice are
+    edited twice. Where the checkpoint names its tensors differently from the loaded model (mixtures of experts),
+    transformers loads and saves it whole instead. Tickets must be of this base and must not overlap. dtype: cast the
+    base's floating tensors first; None takes the dtype in which the tickets were trained. `out` appears by one rename
+    when it is complete; ValueError leaves nothing
     behind. say: told of every file.
     """
     base = Path(base)
@@ -116,9 +124,26 @@ def revert_checkpoint(
         for ticket in reversed(tickets):
             entries = dict.fromkeys(ticket.model.get("config") or {})
             _edit_config(folder, entries | (ticket.model.get("base_config") or {}))
+        _check_complete(folder, tuned)
         card = folder / CARD_NAME
         if card.is_file() and is_card(card.read_text(encoding="utf-8")):
             card.unlink()
+
+
+def _check_complete(folder: Path, tuned: Path) -> None:
+    """ValueError where the model of config.json has tensors that the files do not hold: some other class of model was
+    saved there since, and transformers would fill the base with random numbers."""
+    try:
+        model = build_on_meta(folder)
+    except (ValueError, OSError):
+        return
+    missing = missing_names(model, tensor_files(folder).keys())
+    if missing:
+        more = f" (and {len(missing) - 1} more tensors)" if missing[1:] else ""
+        raise ValueError(
+            f"{tuned} does not hold {missing[0]}{more}, which {type(model).__name__} has: it was saved again as "
+            "another kind of model since the tickets were applied. Take the base model itself"
+        )
 
 
 def _rewrite(
@@ -126,6 +151,7 @@ def _rewrite(
 ) -> None:
     """Fill `folder` with the checkpoint `source`, cast, and edited tensor by tensor."""
     homes = tensor_files(source)
+    edit = _on_aliases(edit, _aliases(source, {name for ticket in tickets for name in ticket.names}, homes))
     new = {name for ticket in tickets for name, base in ticket.mask.base.items() if base.rows == 0} - homes.keys()
     names = {name: None for ticket in tickets for name in ticket.names if name not in new}
     missing = next((name for name in names if name not in homes), None)
@@ -146,6 +172,31 @@ def _rewrite(
         kept |= dict.fromkeys(written, file.name)
     if dtype is not None or kept.keys() != homes.keys() or any(ticket.model for ticket in tickets):
         _note_contents(folder, dtype, total, kept)
+
+
+def _aliases(source: Path, names: Collection[str], homes: Mapping[str, Path]) -> dict[str, str]:
+    """Further names under which the files hold tensors `names`: tied weights that were stored twice. transformers ties
+    them where both are equal, and keeps them apart where they are not."""
+    try:
+        tied = tied_names(build_on_meta(source))
+    except (ValueError, OSError):  # no configuration that transformers knows: names are the files' alone
+        return {}
+    pairs = {
+        alias: name
+        for name in names & tied.keys() & homes.keys()
+        for alias in tied[name]
+        if alias != name and alias in homes and alias not in names
+    }
+    return {alias: name for alias, name in pairs.items() if _are_equal(homes, alias, name)}
+
+
+def _are_equal(homes: Mapping[str, Path], one: str, other: str) -> bool:
+    first, second = read_tensor(homes[one], one), read_tensor(homes[other], other)
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
+def _on_aliases(edit: Edit, aliases: Mapping[str, str]) -> Edit:
+    return lambda name, tensor: edit(aliases.get(name, name), tensor)
 
 
 def _rewrite_file(file: Path, out: Path, edit: Edit, dtype: torch.dtype | None, added: Sequence[str]) -> dict[str, int]:

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lota.delivery.architecture import tied_names
+from lota.architecture import tied_names
 from lota.delivery.model_folder import tensor_files
 from lota.messages import did_you_mean
 

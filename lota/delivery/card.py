@@ -45,9 +45,7 @@ def ticket_card(manifest: Manifest, facts: Mapping[str, Any] | None = None) -> s
         "versions": provenance.get("versions"),
     }
     dtype = f", dtype=torch.{dtypes[0]}" if len(dtypes) == 1 else ""
-    loader = str(manifest.model.get("class") or "AutoModelForCausalLM")
-    vocabulary = manifest.model.get("config", {}).get("vocab_size")
-    resized = f"\nmodel.resize_token_embeddings({vocabulary})" if vocabulary is not None else ""
+    loader, arguments, resized = _loading(manifest.model, "model")
     undo = (
         "It holds the base's values too, so `lota revert --tuned MERGED TICKET --out BASE` makes the base again from "
         "a merged folder."
@@ -68,7 +66,7 @@ base's, bit for bit ({_PAPER}).
 import lota, torch
 from transformers import {loader}
 
-model = {loader}.from_pretrained("{base}"{dtype}){resized}
+model = {loader}.from_pretrained("{base}"{arguments}{dtype}){resized}
 applied = lota.apply_(model, lota.Ticket.load("TICKET"))  # this folder; refuses any other base
 applied.revert()                                          # every bit as it was
 ```
@@ -111,6 +109,7 @@ def peft_card(ticket: Ticket, base: str, facts: Mapping[str, Any]) -> str:
     and the `dtype` that the base must be loaded in (None: its own)."""
     dtype = facts["dtype"]
     load = f", dtype=torch.{dtype}" if dtype else ""
+    loader, arguments, resized = _loading(ticket.model, "base")
     order = (
         f"{facts['num_ordered']:,} of its {facts['num_entries']:,} entries are made of two differences that must be "
         "added in order, as CPUs do. GPUs add in any order and may miss the value of such an entry, which lies much "
@@ -129,9 +128,9 @@ Made from a ticket ({_of(ticket.mask)}; {_PAPER}) in the format of PEFT's SHiRA;
 ```python
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-base = AutoModelForCausalLM.from_pretrained("{base}"{load})
+base = {loader}.from_pretrained("{base}"{arguments}{load}){resized}
 model = PeftModel.from_pretrained(base, ".")  # this folder
 ```
 
@@ -166,6 +165,15 @@ def front_matter(provenance: Mapping[str, Any], library: str, relation: str) -> 
         lines += ["datasets:", *(f"- {name}" for name in known)]
     lines += [f"library_name: {library}", "tags:", "- lota", "- lottery-ticket", "- sparse-fine-tuning"]
     return "\n".join([*lines, "# license: yours to choose; the base model's terms apply", "---", "", _MARK])
+
+
+def _loading(model: Mapping[str, Any], variable: str) -> tuple[str, str, str]:
+    """The class to load a base with for a ticket's `model`, the arguments for its head, and the line that adds rows."""
+    config = model.get("config") or {}
+    labels, vocabulary = config.get("id2label"), config.get("vocab_size")
+    resized = f"\n{variable}.resize_token_embeddings({vocabulary})" if vocabulary is not None else ""
+    arguments = f", num_labels={len(labels)}" if labels is not None else ""
+    return str(model.get("class") or "AutoModelForCausalLM"), arguments, resized
 
 
 def _base_text(provenance: Mapping[str, Any]) -> str | None:

@@ -52,6 +52,12 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, source.get_tensor(name)
 
 
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a file. ValueError where the file is missing or damaged."""
+    with _opened(file) as source:
+        return source.get_tensor(name)
+
+
 def tensor_files(folder: Path) -> dict[str, Path]:
     """In which file every tensor of a checkpoint lies, by name."""
     homes: dict[str, Path] = {}

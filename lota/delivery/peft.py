@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lota.delivery.architecture import build_on_meta, tied_names
+from lota.architecture import build_on_meta, tied_names
 from lota.delivery.base_weights import base_weights
 from lota.delivery.card import CARD_NAME, peft_card
 from lota.delivery.deltas import PADDING, Deltas, deltas
@@ -88,7 +88,7 @@ def export_peft(
                     sparse[module] = deltas(positions, flat[positions], ticket.values(name).to(flat.dtype))
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
-        rank, fitting = choose_rank(skeleton, sparse)
+        rank, fitting = choose_rank(skeleton, sparse, whole)
         whole |= sparse.keys() - fitting
         sparse = {module: sparse[module] for module in sparse if module in fitting} or _stand_in(skeleton, whole)
         targets, counts = sorted(sparse), [(p.num_entries, p.num_twice, p.num_ordered) for p in sparse.values()]
@@ -127,8 +127,10 @@ def _reader(
     return read
 
 
-def choose_rank(skeleton: nn.Module, sparse: Mapping[str, Deltas]) -> tuple[int, set[str]]:
-    """SHiRA's r, and the modules to keep sparse, for the fewest bytes; the other modules go whole."""
+def choose_rank(
+    skeleton: nn.Module, sparse: Mapping[str, Deltas], whole: Collection[str] = ()
+) -> tuple[int, set[str]]:
+    """SHiRA's r, and the modules to keep sparse, for the fewest bytes; the other modules go whole, as `whole` do."""
     if not sparse:
         return 1, set()
     rows = []  # module, in + out, the least r, the largest that SHiRA allows, bytes of the whole module
@@ -138,14 +140,15 @@ def choose_rank(skeleton: nn.Module, sparse: Mapping[str, Deltas]) -> tuple[int,
         size, numel = linear.in_features + linear.out_features, linear.weight.numel()
         num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in linear.parameters())
         rows.append((module, size, max(1, -(-parts.positions.numel() // size)), numel // size, num_bytes))
+    # PEFT wants at least one SHiRA module: a linear one without a change, or else one of these.
+    has_stand_in = bool(_linears(skeleton, {*whole, *sparse}))
     best: tuple[int, int, set[str]] | None = None
     for rank in sorted({1, *(least for _, _, least, _, _ in rows)}):
         fits = {module: least <= rank <= most for module, _, least, most, _ in rows}
-        cost = sum(_ENTRY_BYTES * rank * size if fits[module] else whole for module, size, _, _, whole in rows)
-        if best is None or cost < best[0]:
+        cost = sum(_ENTRY_BYTES * rank * size if fits[module] else held for module, size, _, _, held in rows)
+        if (best is None or cost < best[0]) and (has_stand_in or any(fits.values())):
             best = cost, rank, {module for module in fits if fits[module]}
-    assert best is not None
-    return best[1:] if best[2] else (1, set())
+    return best[1:] if best is not None and best[2] else (1, set())
 
 
 def _whole_modules(skeleton: nn.Module, active: Collection[str]) -> set[str]:
@@ -171,18 +174,23 @@ def _whole_modules(skeleton: nn.Module, active: Collection[str]) -> set[str]:
 def _stand_in(skeleton: nn.Module, whole: Collection[str]) -> dict[str, Deltas]:
     """PEFT wants at least one SHiRA module: where all go whole, the smallest linear one (untied, if there is any) with
     nothing to add, for which r = 1 is enough."""
-    tied = tied_names(skeleton)
-    linears = [
-        (len(tied[f"{name}.weight"]) > 1, module.weight.numel(), name)
-        for name, module in skeleton.named_modules()
-        if isinstance(module, nn.Linear)
-        and name not in whole
-        and module.in_features + module.out_features <= module.weight.numel()
-    ]
+    linears = _linears(skeleton, whole)
     if not linears:
         raise ValueError("no linear module is left for PEFT's SHiRA to hold on to. Use --format hf.")
     nothing = torch.empty(0, dtype=torch.int64)
     return {min(linears)[2]: Deltas(nothing, nothing.float(), 0, 0, 0)}
+
+
+def _linears(skeleton: nn.Module, taken: Collection[str]) -> list[tuple[bool, int, str]]:
+    """The linear modules beside `taken` that SHiRA can hold: whether tied, their entries, their names."""
+    tied = tied_names(skeleton)
+    return [
+        (len(tied[f"{name}.weight"]) > 1, module.weight.numel(), name)
+        for name, module in skeleton.named_modules()
+        if isinstance(module, nn.Linear)
+        and name not in taken
+        and module.in_features + module.out_features <= module.weight.numel()
+    ]
 
 
 def _sparse_tensors(module: str, parts: Deltas, linear: nn.Module, rank: int) -> dict[str, Tensor]:

@@ -73,17 +73,18 @@ class MaskCounts:
     ) -> MaskCounts:
         """`round(density * eligible)` entries, spread evenly over tensors and ranks.
 
-        rows: of eligible tensors of which some rows take part, which. dense: further tensors with the rows of them that
-        are active whole; one rank may own all of a range.
+        rows: of eligible tensors of which some rows take part, which. dense: tensors with the rows of them that are
+        active whole, beside what is chosen; one rank may own all of a range.
         """
         taking_part = {name: _entries(model, name, (rows or {}).get(name)) for name in eligible}
         total = sum(taking_part.values())
         active = round(density * total)
         bounds = [0] + [active * seen // max(1, total) for seen in accumulate(taking_part.values())]
         counts = {name: bounds[i + 1] - bounds[i] for i, name in enumerate(taking_part)}
-        counts |= {name: _entries(model, name, taken) for name, taken in (dense or {}).items()}
+        whole_ones = {name: _entries(model, name, taken) for name, taken in (dense or {}).items()}
+        counts |= {name: counts.get(name, 0) + entries for name, entries in whole_ones.items()}
         numels = {name: math.prod(model.shapes[name]) for name in counts}
-        local = -(-active // size) + sum(min(counts[name], -(-numels[name] // size)) for name in dense or {})
+        local = -(-active // size) + sum(min(n, -(-numels[name] // size)) for name, n in whole_ones.items())
         # 1024 entries span 1024/density positions on average; the quarter more is over ten standard deviations.
         offset = 2 if total * TILE * 5 // 4 < active << 16 else 4
         return cls(numels, Spread(counts, local, local, offset, offset))

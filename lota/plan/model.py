@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lota.architecture import set_entries
+
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
 
@@ -79,10 +81,19 @@ class ModelShapes:
         return blocks
 
 
-def read_model(model: str, *, revision: str = "main", dtype: str | None = None) -> ModelShapes:
-    """Shapes of a causal language model: a folder with a config.json, that file itself, or a name on the hub.
+def read_model(
+    model: str,
+    *,
+    revision: str = "main",
+    dtype: str | None = None,
+    architecture: str | None = None,
+    entries: Mapping[str, Any] | None = None,
+) -> ModelShapes:
+    """Shapes of a model: a folder with a config.json, that file itself, or a name on the hub.
 
-    dtype: "bfloat16", "float16" or "float32" (None: bfloat16). ValueError where there is no such config.
+    dtype: "bfloat16", "float16" or "float32" (None: bfloat16). architecture: the transformers class to plan, such as
+    `LlamaForSequenceClassification` (None: a causal language model). entries: of config.json with other values, such as
+    `vocab_size` where rows were added. ValueError where there is no such config or class.
     """
     from transformers import AutoConfig
 
@@ -97,25 +108,50 @@ def read_model(model: str, *, revision: str = "main", dtype: str | None = None) 
         raise ValueError(
             f"expected a model folder with a config.json, or a name on the hub, got {model!r}: {reason}"
         ) from None
-    return shapes_of_config(config, str(model), dtype=dtype)
+    set_entries(config, entries or {})
+    return shapes_of_config(config, str(model), dtype=dtype, architecture=architecture)
 
 
-def shapes_of_config(config: Any, name: str, *, dtype: str | None = None) -> ModelShapes:
+def shapes_of_config(
+    config: Any, name: str, *, dtype: str | None = None, architecture: str | None = None
+) -> ModelShapes:
     """The same from a transformers config object. The model is built without memory (torch's meta device)."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     items = {None: 2, "bfloat16": 2, "float16": 2, "float32": 4}
     if dtype not in items:
         raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"{name}: expected the config of a causal language model, got {type(config).__name__}")
     # The class itself: under a ZeRO-3 configuration `from_config` would shard, which all ranks must do together.
+    made = _class(config, name, architecture)
     with torch.device("meta"):
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        model = made(config)
     shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
     uses = sum(parameter.numel() for _, parameter in model.named_parameters(remove_duplicate=False))
     tied = uses - sum(parameter.numel() for parameter in model.parameters())
     text = config.get_text_config()
     hidden = getattr(text, "hidden_size", None) or max(max(shape) for shape in shapes.values())
     return ModelShapes(name, shapes, int(hidden), items[dtype], tied)
+
+
+def _class(config: Any, name: str, architecture: str | None) -> Any:
+    import transformers
+
+    if architecture is None:
+        if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(
+                f"{name}: expected the config of a causal language model, got {type(config).__name__}; another kind of "
+                "model is planned with its class as architecture, such as BertForSequenceClassification"
+            )
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    made: Any = getattr(transformers, architecture, None)
+    if not isinstance(made, type) or not issubclass(made, transformers.PreTrainedModel):
+        raise ValueError(
+            f"architecture must be a model class of transformers, such as LlamaForSequenceClassification, got "
+            f"{architecture!r}"
+        )
+    expected = getattr(made, "config_class", None)
+    if expected is not None and not isinstance(config, expected):
+        raise ValueError(
+            f"architecture: {architecture} needs a {expected.__name__}, and {name} has a {type(config).__name__}"
+        )
+    return made

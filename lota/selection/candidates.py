@@ -28,14 +28,23 @@ def candidates(
     dense: Sequence[str] | None = None,
     buffers: Mapping[str, Sequence[int]] | None = None,
 ) -> Candidates:
-    """Who takes part, in the order of `named_shapes`; a dense tensor is not chosen from as well.
+    """Who takes part, in the order of `named_shapes`. A dense tensor is not chosen from as well, unless `include` names
+    other rows of it.
 
     include, exclude: see `eligible`; a pattern of `include` may end with a range of rows. dense: patterns likewise,
     over the names of parameters and of `buffers` (shapes of the persistent ones). ValueError as `eligible` and
     `split_rows` raise it.
     """
     whole_tensors = dense_tensors({**named_shapes, **(buffers or {})}, dense)
-    others = {name: shape for name, shape in named_shapes.items() if name not in whole_tensors}
+    _, ranges = split_rows(include, named_shapes, "include")
+    for name, (start, stop) in ranges.items():
+        first, last = whole_tensors.get(name, (stop, stop))
+        if start < last and first < stop:
+            raise ValueError(
+                f"include names rows {start}:{stop} of {name}, and dense rows {first}:{last}: "
+                "name rows that they do not share"
+            )
+    others = {name: shape for name, shape in named_shapes.items() if name not in whole_tensors or name in ranges}
     plain, rows = split_rows(include, others, "include")
     names = tuple(eligible(others, plain, exclude))
     return Candidates(names, {name: rows[name] for name in names if name in rows}, whole_tensors)
@@ -52,7 +61,8 @@ def check_unprotected(dense: Mapping[str, Rows], protect: Sequence[Mask]) -> Non
     """ValueError where a mask protects an entry of a tensor that would be trained whole."""
     for name, rows in dense.items():
         for number, mask in enumerate(protect):
-            if name not in mask.names or not mask.active(name):
+            is_new = name in mask.base and mask.base[name].rows == 0  # each model makes it anew, so nothing is lost
+            if name not in mask.names or not mask.active(name) or is_new:
                 continue
             start, stop = span(mask.shape(name), rows)
             positions = mask.indices(name)

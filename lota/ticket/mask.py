@@ -176,6 +176,13 @@ class Mask:
         """Whether all entries of tensor `name` that may be active are."""
         return 0 < self.active(name) == self.num_eligible(name)
 
+    def has_all(self, name: str, rows: Rows) -> bool:
+        """Whether all entries in a range of rows of tensor `name` are active."""
+        start, stop = span(self._shapes[self._known(name)], rows)
+        if self.active(name) < stop - start:
+            return False
+        return sum(int(((chunk >= start) & (chunk < stop)).sum()) for chunk in self.chunks(name)) == stop - start
+
     def encoded(self, name: str) -> EncodedIndex:
         """The encoded index of tensor `name`; not a copy."""
         return self._indices[self._known(name)]

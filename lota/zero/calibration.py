@@ -85,10 +85,11 @@ class CalibrationRun(BlockRun):
         self.dense = {name: (known[name], rows) for name, rows in chosen.dense.items()}
         self._check(self.shapes, self.rows, None)
         self._new = new_tensors(model)
-        refuse_new(self._new, shapes, chosen.dense)
+        whole_rows = chosen.dense
+        refuse_new(self._new, model, lambda name, rows: _contains(whole_rows.get(name), rows))
         # Gradient scores look at weights that stay: there is nothing to train whole.
         whole = () if self.optimizer_class is not None else tuple(name for name in self.dense if name in shapes)
-        self._trained = (*self.names, *whole)
+        self._trained = tuple(dict.fromkeys((*self.names, *whole)))
         self._freeze = Freeze(model, set(self._trained))
         self._groups = make_groups(dist.get_world_size())
 
@@ -175,3 +176,7 @@ class CalibrationRun(BlockRun):
             "skipped_steps": self.engine.skipped_steps,
             "bytes_held": held,
         }
+
+
+def _contains(outer: Rows | None, inner: Rows) -> bool:
+    return outer is not None and outer[0] <= inner[0] and inner[1] <= outer[1]

@@ -7,9 +7,11 @@ describe another one: whoever loads the base again gets other random numbers.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,18 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
+from lota.architecture import TEXT_ENTRIES, filled_names
 from lota.delivery.model_folder import weight_files
 from lota.ranks.agree import together
-from lota.ticket.rows import whole
+from lota.ticket.rows import Rows, whole
 from lota.zero.deepspeed import weights
 
 _SAMPLE = 1024
 """Entries of a tensor that are compared with the checkpoint's: numbers made anew differ in nearly all of them."""
 
-_TEXT_ENTRIES = ("vocab_size", "pad_token_id")
-_ENTRIES = ("architectures", "id2label", "label2id", "problem_type", *_TEXT_ENTRIES)
+_LOG = logging.getLogger("lota")
+
+_ENTRIES = ("architectures", "id2label", "label2id", "problem_type", *TEXT_ENTRIES)
 """What of config.json goes with tensors that a base does not have. Multimodal models keep some in `text_config`."""
 _OF_THE_RUN = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "text_config")
 """What differs between a base's config.json and a loaded model's, and says nothing about its tensors."""
@@ -36,9 +40,10 @@ _OF_THE_RUN = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", 
 def new_tensors(model: torch.nn.Module) -> dict[str, int]:
     """By name, how many leading rows the base's checkpoint has of each parameter of which it does not have all.
 
-    The base is what the model was loaded from (`config._name_or_path`), if that is a folder or in the hub's cache; a
-    model without one has no new tensors that could be told. Rank 0 looks, at the headers of the files and a thousand
-    entries of every tensor. Collective over the world.
+    The base is what the model, or the transformers model inside it, was loaded from (`config._name_or_path`), if that
+    is a folder or in the hub's cache. A model without one has no new tensors that could be told; rank 0 warns where it
+    names a base that cannot be read. Rank 0 looks, at the headers of the files and a thousand entries of every tensor.
+    Collective over the world.
     """
     found: dict[str, int] = {}
     with together():
@@ -49,65 +54,116 @@ def new_tensors(model: torch.nn.Module) -> dict[str, int]:
     return dict(box[0])
 
 
-def refuse_new(new: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], dense: Mapping[str, Any]) -> None:
-    """ValueError for a new tensor that is not trained whole, with the cure."""
-    named = {name: rows for name, rows in new.items() if not _covers(dense.get(name), rows, shapes[name])}
+def refuse_new(new: Mapping[str, int], model: torch.nn.Module, trains_whole: Callable[[str, Rows], bool]) -> None:
+    """ValueError for a new tensor that is not trained whole, with the cure. trains_whole(name, rows): whether all
+    entries of these rows are trained and stored."""
+    shapes = weights.shapes(model)
+    named = {name: rows for name, rows in new.items() if not trains_whole(name, (rows, whole(shapes[name])[1]))}
     if not named:
         return
     patterns = [name if rows == 0 else f"{name}[{rows}:]" for name, rows in named.items()]
     name, rows = next(iter(named.items()))
     what = f"{name} is" if rows == 0 else f"rows {rows} to {shapes[name][0] - 1} of {name} are"
     more = f" (and {len(named) - 1} more tensors)" if named.keys() - {name} else ""
+    frozen = [other for other, param in model.named_parameters() if other in named and not param.requires_grad]
+    thaw = f"Set requires_grad to True on {', '.join(frozen)}, which is frozen, and pass" if frozen else "Pass"
     raise ValueError(
         f"{what} not in the checkpoint that the model was loaded from{more}: these values were made anew, so a ticket "
-        f"that leaves them out would not give the trained model back. Pass dense={patterns} to train them whole and "
+        f"that leaves them out would not give the trained model back. {thaw} dense={patterns} to train them whole and "
         "store them in the ticket, or load a base that has them"
     )
 
 
-def _covers(dense: tuple[int, int] | None, rows: int, shape: tuple[int, ...]) -> bool:
-    return dense is not None and dense[0] <= rows and dense[1] == whole(shape)[1]
+@dataclass(frozen=True)
+class _Compared:
+    """A tensor beside its checkpoint. rows: how many leading rows are the checkpoint's; None: all. is_evidence: the
+    values agree, and are no constant that any new model would have too."""
+
+    rows: int | None
+    is_evidence: bool = False
 
 
 def _look(model: torch.nn.Module) -> dict[str, int]:
-    folder = _checkpoint_of(model)
-    if folder is None:
+    """`new_tensors` on one rank: of the model, or of the transformers models inside it and what surrounds them."""
+    found: dict[str, int] = {}
+    inside: set[int] = set()
+    is_known = False
+    for prefix, part in _parts(model):
+        part_new = _look_at(part, prefix)
+        if part_new is not None:
+            is_known = True
+            found |= part_new
+        inside |= {id(param) for param in part.parameters()}
+    if not is_known:
         return {}
-    files = weight_files(folder)
-    stored = _stored(files)
-    filled = _filled(model, stored)
+    around = {name: 0 for name, param in model.named_parameters() if id(param) not in inside}
+    order = weights.shapes(model)
+    return {name: (found | around)[name] for name in order if name in found or name in around}
+
+
+def _parts(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """The outermost modules that know where they were loaded from, with the prefix of their names."""
+    if getattr(getattr(model, "config", None), "_name_or_path", None):
+        return [("", model)]
+    return [(f"{name}.{prefix}", part) for name, child in model.named_children() for prefix, part in _parts(child)]
+
+
+def _look_at(model: torch.nn.Module, prefix: str) -> dict[str, int] | None:
+    """The new tensors of one model, under `prefix`; None where it has no checkpoint at hand to be compared with."""
+    folder, reason = _checkpoint_of(model)
+    if folder is None:
+        _LOG.warning(
+            "the model was not compared with its base, because %s: tensors or rows that the base lacks must be named "
+            "in dense, or the ticket will not give the trained model back",
+            reason,
+        )
+        return None
+    stored = _stored(weight_files(folder))
+    filled = filled_names(model, stored)
     aliases: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(param), []).append(name)
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     new: dict[str, int] = {}
+    is_evident = False
     shapes = weights.shapes(model)
     for name, param in model.named_parameters():
         there = [alias for alias in aliases[id(param)] if alias in filled]
         if not there:
             if not any(re.search(pattern, alias) for pattern in ignored for alias in aliases[id(param)]):
-                new[name] = 0
+                new[prefix + name] = 0
             continue
         key = filled[there[0]]
-        rows = None if key is None else _rows_there(shapes[name], *stored[key], key, param)
-        if rows is not None:
-            new[name] = rows
-    # All of them new: these are other weights altogether, made from this configuration, and there is no base to lack.
-    return {} if len(new) == len(shapes) else new
+        if key is None:
+            is_evident = True  # computed from keys of the checkpoint: its name says so
+            continue
+        compared = _compare(shapes[name], *stored[key], key, param)
+        is_evident |= compared.is_evidence
+        if compared.rows is not None:
+            new[prefix + name] = compared.rows
+    if is_evident or not shapes:
+        return new
+    # These are other weights altogether, made from this configuration: there is no base to lack.
+    _LOG.warning(
+        "no weights of the model are those of %s, which its configuration names, so it is taken for a new model: a "
+        "ticket for it is good only for these very weights",
+        folder,
+    )
+    return None
 
 
-def _rows_there(
+def _compare(
     shape: tuple[int, ...], file: Path, stored: tuple[int, ...], key: str, param: torch.nn.Parameter
-) -> int | None:
-    """How many leading rows of the parameter are the checkpoint's; None: all."""
+) -> _Compared:
     if len(shape) != len(stored) or shape[1:] != stored[1:]:
         # Another layout altogether: a conversion that kept the name, or a head of another width.
-        return None if math.prod(shape) == math.prod(stored) else 0
+        return _Compared(None if math.prod(shape) == math.prod(stored) else 0)
     own = weights.own_part(param)
     sample = own.reshape(-1)[: min(_SAMPLE, math.prod(shape), math.prod(stored))]
     if sample.numel() and not _is_sample_of(sample, file, key, shape):
-        return 0
-    return stored[0] if shape and stored[0] < shape[0] else None
+        return _Compared(0)
+    is_constant = sample.numel() == 0 or bool((sample == sample[0]).all())
+    return _Compared(stored[0] if shape and stored[0] < shape[0] else None, is_evidence=not is_constant)
 
 
 def _is_sample_of(sample: Tensor, file: Path, key: str, shape: tuple[int, ...]) -> bool:
@@ -122,20 +178,22 @@ def _is_sample_of(sample: Tensor, file: Path, key: str, shape: tuple[int, ...]) 
     return bool(differ.float().mean() < 0.5)
 
 
-def _checkpoint_of(model: torch.nn.Module) -> Path | None:
-    """The folder of safetensors files that the model was loaded from; None where it is not known or not at hand."""
+def _checkpoint_of(model: torch.nn.Module) -> tuple[Path | None, str]:
+    """The folder of safetensors files that the model was loaded from; where there is none at hand, None and why."""
     config = getattr(model, "config", None)
     name = str(getattr(config, "_name_or_path", "") or "")
-    if not name or getattr(config, "quantization_config", None) is not None:
-        return None
+    if not name:
+        return None, "its configuration names none"
+    if getattr(config, "quantization_config", None) is not None:
+        return None, "its weights are quantized"
     folder = Path(name) if Path(name).is_dir() else _cached(name, getattr(config, "_commit_hash", None))
     if folder is None:
-        return None
+        return None, f"{name} is neither a folder nor in the hub's cache"
     try:
         weight_files(folder)
-    except ValueError:
-        return None
-    return folder
+    except ValueError as error:
+        return None, str(error)
+    return folder, ""
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
@@ -163,31 +221,6 @@ def _stored(files: Iterable[Path]) -> dict[str, tuple[Path, tuple[int, ...]]]:
     return found
 
 
-def _filled(model: Any, keys: Iterable[str]) -> dict[str, str | None]:
-    """By the name in the model, the checkpoint's key that fills the tensor; None where transformers computes it from
-    one or more keys (fused experts, say). Names are found as transformers finds them when it loads."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    prefix = getattr(model, "base_model_prefix", None)
-    transforms = get_model_conversion_mapping(model) if hasattr(model, "base_model_prefix") else []
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    targets = {source: entry.target_patterns for entry in converters for source in entry.source_patterns}
-    found: dict[str, str | None] = {}
-    for key in keys:
-        name, source = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state:
-            plain, _ = rename_source_key(key, [], [], prefix, state)
-            name, source = (plain, None) if plain in state else (name, source)
-        if source is None:
-            found[name] = key
-        else:
-            found |= {name.replace(targets[source][0], target): None for target in targets[source]}
-    return {name: key for name, key in found.items() if name in state}
-
-
 def model_facts(model: Any) -> dict[str, Any]:
     """What a folder with base and ticket needs in its config.json to load as this model: its class, and the entries
     that a new head or more rows change, with the base's own values where its config.json is at hand."""
@@ -196,11 +229,13 @@ def model_facts(model: Any) -> dict[str, Any]:
         return {"class": type(model).__name__, "config": {}, "base_config": None}
     now = _with_text(json.loads(config.to_json_string(use_diff=False)))
     now["architectures"] = [type(model).__name__]
-    folder = _checkpoint_of(model)
+    folder, _ = _checkpoint_of(model)
     base: dict[str, Any] | None = None
     if folder is not None and (folder / "config.json").is_file():
         base = _with_text(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    entries = [*_ENTRIES, *(key for key in base or {} if key not in _ENTRIES and key not in _OF_THE_RUN)]
+    parts = getattr(config, "sub_configs", None) or {}  # towers have neither heads nor rows of the vocabulary
+    known = {*_ENTRIES, *_OF_THE_RUN, *parts}
+    entries = [*_ENTRIES, *(key for key in base or {} if key not in known)]
     taken = {key: now[key] for key in entries if key in now and (base is None or base.get(key) != now[key])}
     return {
         "class": type(model).__name__,
@@ -211,4 +246,4 @@ def model_facts(model: Any) -> dict[str, Any]:
 
 def _with_text(config: dict[str, Any]) -> dict[str, Any]:
     text = config.get("text_config") or {}
-    return config | {key: text[key] for key in _TEXT_ENTRIES if key in text}
+    return config | {key: text[key] for key in TEXT_ENTRIES if key in text}

@@ -93,7 +93,7 @@ class SparseRun(BlockRun):
         mask = given.with_dense({name: ((buffer_shapes | shapes)[name], rows) for name, rows in named.items()}, {})
         self._check_fits(mask, given, model, config)
         self._new = new_tensors(model) | {name: base.rows for name, base in given.base.items() if base.rows is not None}
-        refuse_new(self._new, shapes, {name: mask.rows(name) for name in mask.names if mask.is_dense(name)})
+        refuse_new(self._new, model, lambda name, rows: name in mask.names and mask.has_all(name, rows))
         self._buffers = StoredBuffers(model, [name for name in mask.names if name not in shapes])
         self._mask = mask.without(self._buffers.stored)
         self.outline = MaskOutline(self._mask)

@@ -10,7 +10,7 @@ import pytest
 from trl import SFTConfig
 
 from lota.data import dataset
-from lota.data.checks import PLAIN_CHAT_PATH, check
+from lota.data.checks import check
 from lota.data.options import SourceArguments
 from tests.data import tiny
 from tests.data.test_tokenizer import folder_with, trained
@@ -45,7 +45,7 @@ def checked(
         (tiny.CHAT, [TEXT], COMPLETION, "the rows are text: remove it"),
         (tiny.CHAT, [MESSAGES], {"chat_template_path": "some/model"}, "must be a .jinja file.*resize the model"),
         (tiny.CHAT, [MESSAGES], {"chat_template_path": "none.jinja"}, "no such file: none.jinja"),
-        (tiny.CHAT, [PAIR], {"chat_template_path": str(PLAIN_CHAT_PATH)}, "would be ignored: the rows are no conv"),
+        (tiny.CHAT, [PAIR], {"chat_template_path": "plain_chat"}, "would be ignored: the rows are no conv"),
         (tiny.CHAT, [TEXT], {"dataset_text_field": "body"}, "dataset_text_field is called text_field here"),
         (tiny.CHAT, [TEXT], {"packing": True, "max_length": None}, "packing fills rows of max_length tokens"),
         (tiny.CHAT, [PAIR], {"eval_strategy": "steps", "eval_steps": 5}, "so eval_strategy would be ignored"),
@@ -73,7 +73,7 @@ def pieces(tmp_path: Path) -> str:
 
 
 def test_a_base_without_a_template_takes_the_plain_one(pieces: str, tmp_path: Path) -> None:
-    plain = str(PLAIN_CHAT_PATH)
+    plain = "plain_chat"
     assert checked(pieces, tmp_path, [MESSAGES], assistant_only_loss=True, chat_template_path=plain) == []
     assert checked(pieces, tmp_path, [PAIR], as_chat=True, chat_template_path=plain) == []
 

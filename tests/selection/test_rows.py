@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lota.selection import candidates
 from lota.selection.rows import split_rows
 from lota.ticket.rows import row_size
 
@@ -47,3 +48,10 @@ def test_a_pattern_that_matches_nothing_is_refused_by_its_option() -> None:
 
 def test_row_size() -> None:
     assert [row_size(shape) for shape in SHAPES.values()] == [4, 4, 4, 1]
+
+
+def test_what_is_excluded_stays_out_though_rows_of_it_are_included() -> None:
+    shapes = {"embed.weight": (8, 4), "layers.0.mlp.up_proj.weight": (4, 4), "head.weight": (8, 4)}
+    chosen = candidates(shapes, ["default", "embed.weight[4:]", "head.weight[4:]"], ["head.*"])
+    assert chosen.names == ("embed.weight", "layers.0.mlp.up_proj.weight")
+    assert chosen.rows == {"embed.weight": (4, 8)}
