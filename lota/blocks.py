@@ -12,9 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lota.kernels import CHOICES as KERNELS
+from lota import choices
 from lota.kernels import using
-from lota.messages import did_you_mean
 from lota.ranks.world import join_world
 from lota.selection import (
     Candidates,
@@ -26,21 +25,15 @@ from lota.selection import (
     left_out,
     left_out_lines,
     select,
-    validate_budget,
-    validate_density,
 )
 from lota.selection.kinds import IN_BLOCKS
 from lota.ticket import Mask, Ticket
 from lota.zero.calibration import CalibrationRun
-from lota.zero.compact.scores import SCORES
-from lota.zero.compact.skipped_steps import DEFAULT_MAX_SKIPPED_STEPS
 from lota.zero.deepspeed.engine import substituted
 from lota.zero.training import SparseRun
 
 _LOG = logging.getLogger("lota")
 _WORTH_A_WARNING = 0.01  # of the weights, inside blocks and yet left out
-
-GRADIENT_REDUCTIONS = ("auto", "compact", "dense")
 
 
 class Calibration:
@@ -58,8 +51,8 @@ class Calibration:
         """
         density = self._density if density is None else density
         budget = self._budget if budget is None else budget
-        validate_density(density)
-        validate_budget(budget)
+        choices.check_density(density)
+        choices.check_budget(budget)
         self._report = self._run.report()
         self.selection = select(
             self._run.scores,
@@ -103,15 +96,15 @@ class Calibration:
 @contextmanager
 def calibration_zero3(
     *,
-    score: str = "task_vector",
-    density: float = 0.1,
-    budget: str = "global",
+    score: str = choices.SCORE,
+    density: float = choices.DENSITY,
+    budget: str = choices.BUDGET,
     protect: Sequence[Any] = (),
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     dense: Sequence[str] | None = None,
     seed: int = 0,
-    max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
+    max_skipped_steps: int = choices.MAX_SKIPPED_STEPS,
 ) -> Iterator[Calibration]:
     """Calibrate with the training script inside the block: `run.mask()` afterwards gives the mask.
 
@@ -125,10 +118,9 @@ def calibration_zero3(
     mask with all of their entries. max_skipped_steps: see `sparse_zero3`.
     ValueError for what is wrong or unsupported, before training.
     """
-    if score not in SCORES:
-        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}" + did_you_mean(score, SCORES))
-    validate_density(density)
-    validate_budget(budget)
+    choices.check_choice("score", score, choices.SCORES)
+    choices.check_density(density)
+    choices.check_budget(budget)
     masks = [_as_mask(item) for item in protect]
 
     def choose(
@@ -161,7 +153,7 @@ def sparse_zero3(
     gradient_reduction: str = "auto",
     reduce_every: str = "micro_step",
     kernels: str = "auto",
-    max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
+    max_skipped_steps: int = choices.MAX_SKIPPED_STEPS,
     rounding_seed: int | None = None,
 ) -> Iterator[SparseRun]:
     """Train only the active entries of `mask` with the training script inside the block; `run.save_ticket(path)`
@@ -188,20 +180,14 @@ def sparse_zero3(
     in the model alone, whatever the ranks; with AdamW and RMSprop only.
     ValueError for what is wrong or unsupported, before training.
     """
-    _check_choice("gradient_reduction", gradient_reduction, GRADIENT_REDUCTIONS)
-    _check_choice("reduce_every", reduce_every, ("micro_step", "step"))
-    _check_choice("kernels", kernels, KERNELS)
-    if gradient_reduction == "dense" and reduce_every == "step":
-        raise ValueError(
-            "reduce_every='step' with gradient_reduction='dense' would keep whole gradients on every rank until the "
-            "end of the step; use reduce_every='micro_step', or gradient_reduction='compact'"
-        )
+    choices.check_reductions(gradient_reduction, reduce_every)
+    choices.check_choice("kernels", kernels, choices.KERNELS)
     run = SparseRun(
         _as_mask(mask),
         dense=lambda shapes: dense_tensors(shapes, dense),
         shard_group_size=shard_group_size,
         gradient_reduction=gradient_reduction,
-        once_per_step=reduce_every == "step",
+        reduce_every=reduce_every,
         max_skipped_steps=max_skipped_steps,
         rounding_seed=rounding_seed,
     )
@@ -243,8 +229,3 @@ def _as_mask(item: Any) -> Mask:
     if isinstance(item, (str, Path)):
         return Mask.load(item)
     raise ValueError(f"expected a lota.Mask, a lota.Ticket or the path of one, got {type(item).__name__}")
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}" + did_you_mean(value, choices))

@@ -28,7 +28,7 @@ def run(bench: Bench) -> None:
     cases = [
         ("both legs", both_legs, {"wire": torch.float32}),
         ("both legs, bf16", both_legs, {"wire": torch.bfloat16}),
-        ("both legs, once per step", both_legs, {"once_per_step": True}),
+        ("both legs, once per step", both_legs, {"reduce_every": "step"}),
         ("all-to-all only", first_leg, {}),
         ("all-reduce only", second_leg, {}),
     ]

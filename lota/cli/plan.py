@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lota.choices import DENSITY, GRADIENT_REDUCTIONS, REDUCE_EVERY, SCORES, check_density, check_reductions
 from lota.cli.parsers import add_command
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from lota.selection import LeftOut
 
 METHODS = ("full", "lora", "calibration", "lota")
-SCORES = ("task_vector", "gradient", "fisher", "snip", "magnitude", "random")
 
 
 def add_parser(commands: Any) -> None:
@@ -43,15 +43,15 @@ lota plan models/llama-8b --ranks 8 --json | python -m json.tool""",
     add("--ranks", type=int, default=1, help="number of ranks, one a GPU (1)")
     add("--node_size", type=int, help="ranks on one node (all)")
     add("--method", action="append", choices=METHODS, help="plan only this one; may be repeated (all)")
-    add("--density", type=float, default=0.1, help="part of the eligible weights to train (0.1)")
+    add("--density", type=float, default=DENSITY, help=f"fraction of the eligible weights to train ({DENSITY})")
     add("--mask", type=Path, help="a mask or ticket, counted instead of an even one of --density")
     add("--score", choices=SCORES, help="what calibration ranks weights by (task_vector and gradient, for comparison)")
     add("--shard_group_size", help="ranks that share one copy of the weights: a number, node or world (world)")
     add("--communication_data_type", default="fp32", choices=("fp32", "bf16"), help="of compact gradients (fp32)")
     add(
-        "--gradient_reduction", default="auto", choices=("auto", "compact", "dense"), help="see docs/planning.md (auto)"
+        "--gradient_reduction", default="auto", choices=GRADIENT_REDUCTIONS, help="see docs/planning.md (auto)"
     )
-    add("--reduce_every", default="micro_step", choices=("micro_step", "step"), help="reduce gradients so (micro_step)")
+    add("--reduce_every", default="micro_step", choices=REDUCE_EVERY, help="reduce gradients so (micro_step)")
     add("--lora_rank", type=int, default=16, help="of the adapters that LoRA is planned with (16)")
     add("--include", action="append", help="pattern of tensor names, instead of all blocks' (default); repeatable")
     add("--exclude", action="append", help="pattern of tensor names to leave out; repeatable")
@@ -145,11 +145,10 @@ def make_choices(
     """One choice for each method asked for. ValueError for what the options cannot mean."""
     from lota.plan import LoraSettings, MaskCounts, calibration, choose_reduction, full, lora, lota
     from lota.plan.advice import Choice
-    from lota.selection import candidates, validate_density
+    from lota.selection import candidates
 
-    validate_density(args.density)
-    if args.reduce_every == "step" and args.gradient_reduction == "dense":
-        raise ValueError("reduce_every step needs gradient_reduction compact (or auto): whole gradients are not summed")
+    check_density(args.density)
+    check_reductions(args.gradient_reduction, args.reduce_every)
     if args.lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {args.lora_rank}")
     part = candidates(model.shapes, args.include, args.exclude, args.dense)
@@ -185,7 +184,7 @@ def make_choices(
             lambda kind: lota_plan(replace(sparse, reduction=kind)),
             memory,
             shard_size=layout.shard_size,
-            once_per_step=args.reduce_every == "step",
+            reduce_every=args.reduce_every,
         )
         sparse = replace(sparse, reduction=chosen)
     scores = ["task_vector", "gradient"] if args.score is None else [args.score]

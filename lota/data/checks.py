@@ -17,26 +17,25 @@ from trl.chat_template_utils import (
 )
 
 from lota.data.dataset import Sets
-from lota.data.options import SourceArguments
 from lota.data.packing import check_packing
 from lota.data.tokenizer import chat_template, load_tokenizer
 
 
-def check(sets: Sets, args: SourceArguments, config: Any) -> list[str]:
+def check(sets: Sets, model: str, revision: str, config: Any) -> list[str]:
     """Refuse what TRL would train wrongly, or end on later; notes for the user.
 
     config: TRL's SFTConfig; of a DPOConfig only what it has in common counts.
     """
     if sets.evaluation is None:
         _refuse_evaluation(config)
-    tokenizer = load_tokenizer(args)
+    tokenizer = load_tokenizer(model, revision)
     is_chat = _is_chat(sets.train)
     template_path = chat_template(getattr(config, "chat_template_path", None))
     if template_path is not None:
         _use_template(tokenizer, template_path, is_chat)
     if is_chat and tokenizer.chat_template is None:
         raise ValueError(
-            f"the rows are conversations, and the tokenizer of {args.model_name_or_path} has no chat template: give "
+            f"the rows are conversations, and the tokenizer of {model} has no chat template: give "
             "chat_template_path: FILE.jinja, or plain_chat, a template that comes with lota and needs no new token"
         )
     notes = _check_loss(sets.train, config, is_chat)
@@ -45,8 +44,8 @@ def check(sets: Sets, args: SourceArguments, config: Any) -> list[str]:
     if getattr(config, "dataset_text_field", "text") != "text":
         raise ValueError("dataset_text_field is called text_field here: rename it")
     if hasattr(config, "packing"):
-        model = AutoConfig.from_pretrained(args.model_name_or_path, revision=args.model_revision)
-        notes += check_packing(config, model.get_text_config().model_type)
+        kind = AutoConfig.from_pretrained(model, revision=revision).get_text_config().model_type
+        notes += check_packing(config, kind)
     return notes
 
 

@@ -1,7 +1,8 @@
 """From files or the hub to the columns that TRL trains on: the one front of all recipes that need rows.
 
-    sets = data.load(args, seed)                      # SFT: prompt and completion, messages, or text
-    sets = data.load(args, seed, is_preference=True)  # DPO: prompt, chosen and rejected, or chosen and rejected alone
+    plan = plan_data(args)
+    sets = load(plan, seed)                      # SFT: prompt and completion, messages, or text
+    sets = load(plan, seed, is_preference=True)  # DPO: prompt, chosen and rejected, or chosen and rejected alone
 
 Columns come from fields of the same name, or from `X_field` and `X_template` with X one of prompt, completion,
 messages, text, chosen, rejected. Preferences whose chosen and rejected are whole conversations have no prompt column:
@@ -24,11 +25,11 @@ from datasets.exceptions import DatasetGenerationError
 
 from lota.data import columns, mixture, sources
 from lota.data.columns import Form
-from lota.data.options import DataArguments, Part, Source, parts
+from lota.data.options import DataPlan, Source
 from lota.data.sources import Row, read_jsonl
 from lota.ranks.world import rank, say
 
-__all__ = ["Sets", "describe", "identity", "load", "read_jsonl"]
+__all__ = ["Sets", "identity", "load", "read_jsonl"]
 
 
 class Sets(NamedTuple):
@@ -38,11 +39,12 @@ class Sets(NamedTuple):
     evaluation: Dataset | None
 
 
-def load(args: DataArguments, seed: int = 0, is_preference: bool = False) -> Sets:
-    """The rows of a run, mixed and set aside by `seed` as `args` says. Every rank alike; ValueError for bad input."""
+def load(plan: DataPlan, seed: int = 0, is_preference: bool = False) -> Sets:
+    """The rows of a run, mixed and set aside by `seed` as the plan says, the same on every rank. ValueError for bad
+    input."""
     if rank() > 0 or not sys.stderr.isatty():
         disable_progress_bars()
-    found = parts(args)
+    found = plan.parts
     firsts = [_first(_files(part.source, "train"), part.source.skip_empty) for part in found]
     forms = [
         columns.choose_form(part.source, row, place, is_preference) for part, (place, row) in zip(found, firsts)
@@ -50,17 +52,9 @@ def load(args: DataArguments, seed: int = 0, is_preference: bool = False) -> Set
     forms = columns.one_form(forms, [part.source.describe() for part in found])
     train = [_build(part.source, "train", form) for part, form in zip(found, forms)]
     evaluation = [_build(part.source, "eval", form) for part, form in zip(found, forms) if _files(part.source, "eval")]
-    if args.eval_rows is not None or args.eval_fraction is not None:
-        train, evaluation = _set_aside(args, found, train, seed)
-    return Sets(_mix(args, found, train, seed), concatenate_datasets(evaluation) if evaluation else None)
-
-
-def describe(args: DataArguments) -> str | list[dict[str, Any]]:
-    """The training data's names (and weights), for a ticket's provenance."""
-    found = parts(args)
-    if args.mixture is None:
-        return found[0].source.describe()
-    return [{"data": part.source.describe(), "weight": part.weight} for part in found]
+    if plan.eval_rows is not None or plan.eval_fraction is not None:
+        train, evaluation = _set_aside(plan, train, seed)
+    return Sets(_mix(plan, train, seed), concatenate_datasets(evaluation) if evaluation else None)
 
 
 def identity(sets: Sets) -> str:
@@ -155,23 +149,21 @@ def _code_digest() -> str:
     return hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()
 
 
-def _set_aside(
-    args: DataArguments, found: list[Part], train: list[Dataset], seed: int
-) -> tuple[list[Dataset], list[Dataset]]:
+def _set_aside(plan: DataPlan, train: list[Dataset], seed: int) -> tuple[list[Dataset], list[Dataset]]:
     """Take evaluation rows out of every set's training rows, before any of them is repeated."""
     sizes = [len(rows) for rows in train]
-    if args.eval_fraction is not None:
-        fraction = Fraction(str(args.eval_fraction))
+    if plan.eval_fraction is not None:
+        fraction = Fraction(str(plan.eval_fraction))
         counts = [max(1, round(fraction * size)) for size in sizes]
     else:
-        assert args.eval_rows is not None
-        counts = mixture.apportion(args.eval_rows, [Fraction(size, sum(sizes)) for size in sizes])
+        assert plan.eval_rows is not None
+        counts = mixture.apportion(plan.eval_rows, [Fraction(size, sum(sizes)) for size in sizes])
     kept, aside = [], []
     for number, (rows, count) in enumerate(zip(train, counts)):
         if count >= len(rows):
             raise ValueError(
-                f"{found[number].source.describe()} holds {len(rows)} rows, and {count} for evaluation leave none to "
-                "train on: lower eval_rows or eval_fraction"
+                f"{plan.parts[number].source.describe()} holds {len(rows)} rows, and {count} for evaluation leave none "
+                "to train on: lower eval_rows or eval_fraction"
             )
         stay, drawn = mixture.set_aside(len(rows), count, f"{seed} evaluation {number}")
         kept.append(rows.select(stay))
@@ -180,17 +172,17 @@ def _set_aside(
     return kept, aside
 
 
-def _mix(args: DataArguments, found: list[Part], train: list[Dataset], seed: int) -> Dataset:
+def _mix(plan: DataPlan, train: list[Dataset], seed: int) -> Dataset:
     """One set of the rows of an epoch, in the files' order where there is one source, else shuffled by seed."""
-    if args.mixture is None:
+    if not plan.is_mixture:
         return train[0]
     sizes = [len(rows) for rows in train]
-    weights = [part.weight for part in found if part.weight is not None]
-    counts = mixture.epoch_counts(sizes, weights, args.mixture_rows) if weights else sizes
+    weights = [part.weight for part in plan.parts if part.weight is not None]
+    counts = mixture.epoch_counts(sizes, weights, plan.mixture_rows) if weights else sizes
     chosen = []
     for number, (rows, count) in enumerate(zip(train, counts)):
         chosen.append(rows.select(mixture.choose(len(rows), count, f"{seed} mixture {number}")))
         share = f"{count} of its {len(rows)} rows" if count <= len(rows) else f"{count} rows, of {len(rows)} repeated"
-        say(f"data: {found[number].source.describe()}: {share} in an epoch ({count / sum(counts):.2%})")
+        say(f"data: {plan.parts[number].source.describe()}: {share} in an epoch ({count / sum(counts):.2%})")
     whole = concatenate_datasets(chosen)
     return whole.select(mixture.shuffled(len(whole), f"{seed} mixture"))

@@ -101,11 +101,28 @@ class Part:
     weight: float | None = None
 
 
-def parts(args: DataArguments) -> list[Part]:
-    """The sources of a run. ValueError for options that contradict each other or would be ignored."""
+@dataclass(frozen=True)
+class DataPlan:
+    """Which rows a run learns from, settled: its sources, and how evaluation rows and an epoch are taken from them."""
+
+    parts: tuple[Part, ...]
+    is_mixture: bool
+    mixture_rows: int | None
+    eval_rows: int | None
+    eval_fraction: float | None
+
+    def describe(self) -> str | list[dict[str, Any]]:
+        """The training data's names (and weights), for a ticket's provenance."""
+        if not self.is_mixture:
+            return self.parts[0].source.describe()
+        return [{"data": part.source.describe(), "weight": part.weight} for part in self.parts]
+
+
+def plan_data(args: DataArguments) -> DataPlan:
+    """The options, parsed and checked. ValueError where they contradict each other or would be ignored."""
     found = _parts(args)
     _check_evaluation(args, [part.source for part in found])
-    return found
+    return DataPlan(tuple(found), args.mixture is not None, args.mixture_rows, args.eval_rows, args.eval_fraction)
 
 
 def _parts(args: DataArguments) -> list[Part]:

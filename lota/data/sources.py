@@ -13,7 +13,7 @@ import pandas as pd
 from datasets import Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from lota.data.options import DataArguments, parts
+from lota.data.options import DataPlan
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -36,9 +36,9 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     return found
 
 
-def named_files(args: DataArguments) -> list[Path]:
+def named_files(plan: DataPlan) -> list[Path]:
     """All local files that the rows of a run come from, for training or evaluation."""
-    given = [files for part in parts(args) for files in (part.source.train_file, part.source.eval_file) if files]
+    given = [files for part in plan.parts for files in (part.source.train_file, part.source.eval_file) if files]
     return sorted(set(find_files([pattern for files in given for pattern in files])))
 
 

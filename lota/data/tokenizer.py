@@ -9,7 +9,6 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from lota.data.options import SourceArguments
 from lota.data.sentencepiece_tokenizer import wrap_sentencepiece
 from lota.packaged import CONFIGS, find
 
@@ -25,26 +24,25 @@ def chat_template(given: str | None) -> str | None:
     return given if given is None else str(find(CONFIGS, given, ".jinja") or given)
 
 
-def load_tokenizer(args: SourceArguments) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, revision: str = "main") -> PreTrainedTokenizerBase:
     """The tokenizer of the base. ValueError where its tokens and the rows of the model's embedding do not fit.
 
     One without a padding token, or with one that the embedding has no row for, pads with its end-of-text token, whose
     place in the padding counts nowhere.
     """
-    assert args.model_name_or_path is not None
-    tokenizer = _load(args.model_name_or_path, args.model_revision)
-    config = AutoConfig.from_pretrained(args.model_name_or_path, revision=args.model_revision).get_text_config()
+    tokenizer = _load(model, revision)
+    config = AutoConfig.from_pretrained(model, revision=revision).get_text_config()
     num_rows = config.vocab_size
     has_row = tokenizer.pad_token is not None and tokenizer.convert_tokens_to_ids(tokenizer.pad_token) < num_rows
     without_row = None if has_row else tokenizer.pad_token
     if not has_row:
         if tokenizer.eos_token is None:
             raise ValueError(
-                f"the tokenizer of {args.model_name_or_path} has neither a padding nor an end-of-text token: name them "
+                f"the tokenizer of {model} has neither a padding nor an end-of-text token: name them "
                 "in its tokenizer_config.json (pad_token, eos_token)"
             )
         tokenizer.pad_token = tokenizer.eos_token
-    check_vocabulary(tokenizer, num_rows, args.model_name_or_path, without_row)
+    check_vocabulary(tokenizer, num_rows, model, without_row)
     return tokenizer
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from lota.data import dataset
-from lota.data.options import DataArguments, Source
+from lota.data.options import DataArguments, Source, plan_data
 
 Row = dict[str, Any]
 """prompt and completion: texts, or lists of messages."""
@@ -25,9 +25,9 @@ def evaluation_rows(args: DataArguments, seed: int) -> list[Row]:
     """
     source = _evaluation_set(args)
     if source is not None:
-        rows = dataset.load(source, seed).train
+        rows = dataset.load(plan_data(source), seed).train
     else:
-        found = dataset.load(args, seed).evaluation
+        found = dataset.load(plan_data(args), seed).evaluation
         assert found is not None
         rows = found
     return [_row(row, number) for number, row in enumerate(rows, start=1)]

@@ -141,7 +141,7 @@ def load(args: EvaluateArguments) -> tuple[Any, Any]:
         torch.accelerator.set_device_index(_local_rank())
         model.to(f"{device.type}:{_local_rank()}")
     say(f"{args.model_name_or_path}: {model.num_parameters() / 1e6:.1f}M parameters, {model.dtype}, {model.device}")
-    tokenizer = load_tokenizer(args)
+    tokenizer = load_tokenizer(str(args.model_name_or_path), args.model_revision)
     if args.chat_template_path is not None:
         tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
     return model.eval(), tokenizer

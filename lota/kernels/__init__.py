@@ -1,6 +1,6 @@
 """Operations between dense weights and the compact space of their active entries."""
 
-from lota.kernels.backend import CHOICES, backend_name, using
+from lota.kernels.backend import backend_name, using
 from lota.kernels.index import CHUNK, TILE, TileIndex, TileSpans
 from lota.kernels.ops import (
     adamw_,
@@ -20,7 +20,6 @@ from lota.kernels.ops import (
 from lota.kernels.rounding import fmix64, rounding_key
 
 __all__ = [
-    "CHOICES",
     "CHUNK",
     "TILE",
     "TileIndex",

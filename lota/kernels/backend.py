@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
+from lota.choices import KERNELS, check_choice
 from lota.kernels import cpu_ops, reference
-
-CHOICES = ("auto", "torch", "triton")
 
 _logger = logging.getLogger("lota.kernels")
 _choice = "auto"
@@ -33,8 +32,7 @@ def using(choice: str, device: torch.device | str | None = None) -> Iterator[Non
     the first operation.
     """
     global _choice
-    if choice not in CHOICES:
-        raise ValueError(f"kernels must be one of {', '.join(CHOICES)}, got {choice!r}")
+    check_choice("kernels", choice, KERNELS)
     if choice == "triton" and device is not None:
         _check_triton(torch.device(device))
     before, _choice = _choice, choice

@@ -11,7 +11,7 @@ LEFT_FOR_ACTIVATIONS_PERCENT = 20
 
 
 def choose_reduction(
-    plan_of: Callable[[str], MethodPlan], memory: int | None, *, shard_size: int, once_per_step: bool
+    plan_of: Callable[[str], MethodPlan], memory: int | None, *, shard_size: int, reduce_every: str
 ) -> tuple[str, str]:
     """`compact` or `dense`, and why in one line. The same on every rank, because every rank passes the same integers.
 
@@ -19,7 +19,7 @@ def choose_reduction(
     memory and dense's peak is lower. plan_of(reduction): the plan, asked for only where it matters. memory: bytes of
     that device, None where unknown (CPU).
     """
-    if once_per_step:
+    if reduce_every == "step":
         return "compact", "compact: reduce_every='step' keeps sums, which only compact ones are small enough for"
     if shard_size == 1:
         return "compact", "compact: every rank holds all weights, so the whole index is its own share"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,16 @@ import transformers
 import trl
 import yaml
 
+from lota.data.options import DataPlan
 from lota.delivery.card import write_ticket_card
 from lota.files import naming_disk_full, write_text
 from lota.ranks.agree import alike, from_rank_0, together
 from lota.ranks.world import rank, say, world_size
 from lota.run import resume_checks
 from lota.run.batch import Batch
-from lota.run.checkpoints import check_request, wants_resume
-from lota.run.options import Config, LotaArguments
+from lota.run.options import Config
+from lota.run.resolve import RunOptions
+from lota.run.resume import Resume, wants_resume
 from lota.ticket import Mask
 
 LEFT_BY_A_RUN = (
@@ -35,19 +36,20 @@ LEFT_BY_A_RUN = (
 class RunFolder:
     """The folder `output_dir` of one run. All ranks build it, together; only rank 0 writes.
 
-    args, config: the options as resolved, written to config.yaml, which --config takes again.
+    options, config: as resolved, written to config.yaml, which --config takes again. resume: decided here, for all
+    phases.
     """
 
-    def __init__(self, args: LotaArguments, config: Config) -> None:
+    def __init__(self, options: RunOptions, config: Config, plan: DataPlan) -> None:
         """Refuse a folder that already holds a run, unless it is this very run and is asked to go on. Collective: what
         rank 0 sees holds for all. config.yaml then holds the options in force from here on."""
         self.path = Path(str(config.output_dir))
         self.is_writer = rank() == 0
-        from_rank_0(lambda: self._begin(args, config))
+        self.resume = from_rank_0(lambda: self._begin(options, config, plan))
 
-    def _begin(self, args: LotaArguments, config: Config) -> None:
-        """ValueError where there is another run, or one that may not be gone on with."""
-        options, facts = resolved(args, config), resume_checks.facts(args, config, world_size())
+    def _begin(self, run: RunOptions, config: Config, plan: DataPlan) -> Resume:
+        """ValueError where there is another run, or one that may not be resumed."""
+        options, facts = resolved(run, config), resume_checks.facts(plan, config, world_size())
         found = [name for name in LEFT_BY_A_RUN if (self.path / name).exists()]
         if found and not wants_resume(config.resume_from_checkpoint):
             raise ValueError(
@@ -59,9 +61,9 @@ class RunFolder:
             resume_checks.check_options(before, options, self.path)
             options.pop("resume_from_checkpoint", None)  # the file is for a run from the start
             options |= {name: before[name] for name in ("resume_from_checkpoint",) if name in before}
-        made_with = check_request(config.resume_from_checkpoint, self.path)
-        if made_with is not None:
-            resume_checks.check_ranks(made_with, Batch.of(config, world_size()), args.method, config)
+        resume = Resume.decide(config.resume_from_checkpoint, self.path)
+        if resume.batch is not None:
+            resume_checks.check_ranks(resume.batch, Batch.of(config, world_size()), run.method, config)
         if facts_before is not None:
             resume_checks.check_facts(facts_before, facts, self.path)
         if self.is_writer:
@@ -70,6 +72,7 @@ class RunFolder:
             remove_unfinished(self.path)
             _update(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
             _update(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+        return resume
 
     def _begun(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """config.yaml and run.json of the run in this folder; ValueError where it is complete or lacks one of them."""
@@ -168,15 +171,15 @@ def remove_unfinished(folder: Path) -> None:
                         path.unlink(missing_ok=True)
 
 
-def resolved(args: LotaArguments, config: Config) -> dict[str, Any]:
+def resolved(run: RunOptions, config: Config) -> dict[str, Any]:
     """The options that differ from their defaults, as YAML holds them."""
-    options = {name: value for name, value in asdict(args).items() if value is not None}
+    options = dict(run.given)
     for name, entry in type(config).__dataclass_fields__.items():
         value = getattr(config, name, None)
         value = getattr(value, "value", value)
         if name in _ALWAYS_WRITTEN or (entry.init and _is_plain(value) and value != entry.default):
             options[name] = value
-    if args.global_batch_size is not None:
+    if "global_batch_size" in options:
         options.pop("gradient_accumulation_steps", None)  # follows from it
     if options.get("deepspeed", "") is None:
         del options["deepspeed"]  # accelerate's, which the launch brings again

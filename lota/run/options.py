@@ -11,19 +11,10 @@ from typing import Any
 import torch
 from trl import DPOConfig, SFTConfig, TrlParser
 
+from lota import choices
 from lota.data.options import SourceArguments
 from lota.messages import did_you_mean
 from lota.run import ds_config
-from lota.zero.compact.skipped_steps import DEFAULT_MAX_SKIPPED_STEPS
-
-METHODS = ("lota", "full", "lora")
-SCORES = ("task_vector", "gradient", "fisher", "snip", "magnitude", "random")
-GRADIENT_SCORES = ("gradient", "fisher", "snip")
-STATIC_SCORES = ("magnitude", "random")
-BUDGETS = ("global", "per_tensor")
-DEFAULT_CALIBRATION_STEPS = 200
-
-
 
 
 @dataclass
@@ -34,12 +25,16 @@ class LotaArguments(SourceArguments):
         default="lota",
         metadata={"help": "lota (calibrate, select, train a ticket), or full (all weights) or lora for comparison."},
     )
-    density: float | None = field(default=None, metadata={"help": "Part of the eligible entries to train (0.1)."})
+    density: float | None = field(
+        default=None, metadata={"help": f"Fraction of the eligible weights to train ({choices.DENSITY})."}
+    )
     budget: str | None = field(default=None, metadata={"help": "global or per_tensor (global)."})
-    score: str | None = field(default=None, metadata={"help": f"One of {', '.join(SCORES)} (task_vector)."})
+    score: str | None = field(
+        default=None, metadata={"help": f"What ranks the weights: {', '.join(choices.SCORES)} ({choices.SCORE})."}
+    )
     calibration_steps: int | None = field(
         default=None,
-        metadata={"help": f"Optimizer steps, or global batches for gradients ({DEFAULT_CALIBRATION_STEPS})."},
+        metadata={"help": f"Optimizer steps, or global batches for gradients ({choices.CALIBRATION_STEPS})."},
     )
     calibration_learning_rate: float | None = field(
         default=None, metadata={"help": "For score task_vector (a tenth of learning_rate)."}
@@ -63,7 +58,7 @@ class LotaArguments(SourceArguments):
     gradient_reduction: str = field(default="auto", metadata={"help": "auto, compact or dense."})
     kernels: str = field(default="auto", metadata={"help": "auto, torch or triton."})
     max_skipped_steps: int = field(
-        default=DEFAULT_MAX_SKIPPED_STEPS,
+        default=choices.MAX_SKIPPED_STEPS,
         metadata={"help": "So many steps in a row without finite gradients end the run."},
     )
     rounding_seed: int | None = field(

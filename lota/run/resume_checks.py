@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lota.data import sources
+from lota.data.options import DataPlan
 from lota.run import ds_config
 from lota.run.batch import Batch
 
@@ -36,15 +37,15 @@ _DEEPSPEED_MAY_CHANGE = (
 _STOCK = ("full", "lora")
 
 
-def facts(args: Any, config: Any, ranks: int) -> dict[str, Any]:
-    """What run.json holds. args, config: the options as resolved."""
+def facts(plan: DataPlan, config: Any, ranks: int) -> dict[str, Any]:
+    """What run.json holds. config: TRL's, as resolved."""
     settings = copy.deepcopy(ds_config.content(config))
     for name in _DEEPSPEED_MAY_CHANGE:
         settings.pop(name, None)
     return {
         "batch": asdict(Batch.of(config, ranks)),
         "deepspeed": settings,
-        "data": {str(path): sources.file_identity(path) for path in sources.named_files(args)},
+        "data": {str(path): sources.file_identity(path) for path in sources.named_files(plan)},
     }
 
 

@@ -1,6 +1,5 @@
 """Selection: which entries a ticket trains. Budgets, eligible tensors, protection, and an exact top-k over ranks."""
 
-from lota.selection.budget import validate_budget, validate_density
 from lota.selection.candidates import Candidates, candidates, check_unprotected, dense_tensors
 from lota.selection.eligible import eligible
 from lota.selection.left_out import LeftOut, left_out, left_out_lines
@@ -18,6 +17,4 @@ __all__ = [
     "left_out",
     "left_out_lines",
     "select",
-    "validate_budget",
-    "validate_density",
 ]

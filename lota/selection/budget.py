@@ -2,32 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import numbers
 from collections.abc import Mapping
-
-BUDGETS = ("global", "per_tensor")
-
-
-def validate_density(density: object) -> float:
-    """`density` as a float in (0, 1]; ValueError with the likely meaning otherwise (90 -> 0.9)."""
-    if isinstance(density, bool) or not isinstance(density, numbers.Real):
-        raise ValueError(f"density must be a number in (0, 1], got {density!r}.")
-    density = float(density)
-    if 0 < density <= 1:
-        return density
-    meant = f" Did you mean {density / 100:g}?" if 1 < density <= 100 else ""
-    raise ValueError(f"density must be in (0, 1], got {density:g}.{meant}")
-
-
-def validate_budget(budget: object) -> str:
-    """`budget` if it is "global" or "per_tensor"; ValueError with the closest of them otherwise."""
-    if budget in BUDGETS:
-        return str(budget)
-    close = difflib.get_close_matches(str(budget).lower().replace("-", "_"), BUDGETS, n=1, cutoff=0.5)
-    meant = f' Did you mean "{close[0]}"?' if close else ""
-    raise ValueError(f'budget must be "global" or "per_tensor", got {budget!r}.{meant}')
 
 
 def count_global(density: float, eligible: int, num_free: int) -> int:

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lota.selection.budget import count_global, count_per_tensor, validate_budget, validate_density
+from lota.choices import check_budget, check_density
+from lota.selection.budget import count_global, count_per_tensor
 from lota.selection.pieces import PieceReader, Pieces
 from lota.selection.protection import Protection
 from lota.selection.ranks import Ranks
@@ -89,7 +90,7 @@ def select(
     differ between ranks, NaN (names the tensor), scores that are zero everywhere, scores missing or given twice, and
     a budget that does not fit beside the protected entries (says how many are left and which density fits).
     """
-    density, budget, seed = validate_density(density), validate_budget(budget), _validate_seed(seed)
+    density, budget, seed = check_density(density), check_budget(budget), _validate_seed(seed)
     full, protection, budgets = _plan(shapes, density, budget, protect, base, rows or {})
     with Workers() as workers:
         reader = PieceReader(pieces, full, protection, workers)
@@ -126,7 +127,7 @@ def check(
     rows: Mapping[str, Rows] | None = None,
 ) -> None:
     """Raise what `select` would raise before it looks at a score, so that a run can ask before it trains. Local."""
-    _plan(shapes, validate_density(density), validate_budget(budget), protect, base, rows or {})
+    _plan(shapes, check_density(density), check_budget(budget), protect, base, rows or {})
 
 
 def _plan(

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from lota.blocks import calibration_zero3
+from lota.choices import STATIC_SCORES
 from lota.data.dataset import Sets
 from lota.ranks.world import say
 from lota.run.folder import RunFolder
-from lota.run.options import STATIC_SCORES, Config, LotaArguments, PreferenceConfig
+from lota.run.options import Config
+from lota.run.resolve import RunOptions
 from lota.ticket import Mask
 from lota.train.phase import Phase, timed
 
 
 def calibrate(
-    args: LotaArguments,
+    options: RunOptions,
     config: Config,
     data: Sets,
     folder: RunFolder,
@@ -22,52 +24,53 @@ def calibrate(
 ) -> tuple[Mask, dict[str, Any], Sets]:
     """The mask, the same on every rank; facts for the summary; the data, the training set tokenized by now.
 
-    Goes on where a run that was stopped had come to. Collective; the engine is gone afterwards.
+    Resumes a stopped run. Collective; the engine is gone afterwards.
     """
     saved = folder.saved_mask()
     if saved is not None:
         say(f"mask of this run's calibration: {saved[0].num_active} of {saved[0].eligible} entries")
         return *saved, data
-    assert args.density is not None and args.budget is not None and args.score is not None
-    say(f"score {args.score}, {args.calibration_steps} steps, density {args.density:g}, {args.budget} budget")
+    chosen = options.calibration
+    assert chosen is not None
+    say(f"score {chosen.score}, {chosen.steps} steps, density {chosen.density:g}, {chosen.budget} budget")
     # What scores best on the evaluation set is for the second phase to say.
-    changes: dict[str, Any] = {"max_steps": args.calibration_steps, "load_best_model_at_end": False}
+    changes: dict[str, Any] = {"max_steps": chosen.steps, "load_best_model_at_end": False}
     if config.save_strategy == "best":
         changes["save_strategy"] = "no"
-    if args.calibration_learning_rate is not None:
-        changes["learning_rate"] = args.calibration_learning_rate
+    if chosen.learning_rate is not None:
+        changes["learning_rate"] = chosen.learning_rate
     # Scores of the gradient kind and of the weights leave the model alone: its loss would be the base's again.
-    evaluation = data.evaluation if args.score == "task_vector" else None
+    evaluation = data.evaluation if chosen.score == "task_vector" else None
     with (
         timed(seconds, "calibration"),
         calibration_zero3(
-            score=args.score,
-            density=args.density,
-            budget=args.budget,
-            protect=args.protect or (),
-            include=args.include,
-            exclude=args.exclude,
-            dense=args.dense,
+            score=chosen.score,
+            density=chosen.density,
+            budget=chosen.budget,
+            protect=chosen.protect,
+            include=chosen.include,
+            exclude=chosen.exclude,
+            dense=options.dense,
             seed=config.seed,
-            max_skipped_steps=args.max_skipped_steps,
+            max_skipped_steps=options.max_skipped_steps,
         ) as run,
     ):
-        phase = Phase("calibrate", args, config, Sets(data.train, evaluation), folder, **changes)
+        phase = Phase("calibrate", options, config, Sets(data.train, evaluation), folder, **changes)
         facts = phase.run()
     with timed(seconds, "selection"):
         mask = run.mask()
     report = run.report()
     # Packed rows would be packed again, their boundaries lost, and the reference's answers to preferences added twice;
     # `datasets` finds the tokenized rows in its cache.
-    is_prepared_again = isinstance(config, PreferenceConfig) or config.packing
+    is_prepared_again = options.is_preference or config.packing
     data = data if is_prepared_again else Sets(phase.prepared, data.evaluation)
     phase.close()
-    if args.score in STATIC_SCORES:
+    if chosen.score in STATIC_SCORES:
         facts = {"seconds": facts["seconds"]}
     per_tensor = report.pop("per_tensor", {})
     say(
         f"selected {mask.num_active} of {mask.eligible} eligible entries in {len(mask.names)} tensors: density asked "
-        f"{args.density:g}, reached {mask.density:.8g}"
+        f"{chosen.density:g}, reached {mask.density:.8g}"
     )
     if per_tensor:
         fullest = max(per_tensor, key=lambda name: per_tensor[name] / mask.numel(name))
@@ -75,15 +78,15 @@ def calibrate(
     if report.get("num_zero_scored"):
         say(f"{report['num_zero_scored']} chosen entries have score 0: calibrate longer or lower the density")
     facts |= {"report": report, "num_active_per_tensor": per_tensor}
-    provenance = {"model": args.model_name_or_path, "score": args.score, "steps": args.calibration_steps}
+    provenance = {"model": options.model, "score": chosen.score, "steps": chosen.steps}
     folder.save_mask(mask, facts, provenance)
     return mask, facts, data
 
 
-def mask_facts(args: LotaArguments, mask: Mask) -> dict[str, Any]:
+def mask_facts(options: RunOptions, mask: Mask) -> dict[str, Any]:
     """Counts of a mask, for summary.json."""
     return {
-        "density_asked": args.density,
+        "density_asked": None if options.calibration is None else options.calibration.density,
         "density": mask.density,
         "num_active": mask.num_active,
         "eligible": mask.eligible,

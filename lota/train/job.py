@@ -1,14 +1,21 @@
-"""The training jobs: a ticket (or, to compare, the whole model or an adapter) on examples or preferences, or a mask."""
+"""The training jobs, in five acts: parse, load data, calibrate, train, deliver.
+
+`main` makes a ticket (or, to compare, trains the whole model or an adapter) from examples, `main_dpo` from preferences,
+and `main_mask` stops at the mask. Every rank runs them, under `lota.ranks.process.run_job`.
+"""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from lota.blocks import sparse_zero3
 from lota.data import checks, dataset
+from lota.data.dataset import Sets
+from lota.data.options import DataPlan, plan_data
 from lota.ranks.agree import alike, check_output_dir, check_same
 from lota.ranks.process import watch_ranks
 from lota.ranks.stop import listening
@@ -16,176 +23,207 @@ from lota.ranks.world import join_world, say, world_size
 from lota.run import ds_config
 from lota.run.folder import RunFolder, versions
 from lota.run.options import Config, LotaArguments, PreferenceConfig, RecipeConfig, parse
-from lota.run.validate import validate
+from lota.run.resolve import RunOptions, resolve
 from lota.ticket import Mask
 from lota.train import lora, whole_model
 from lota.train.calibrate import calibrate, mask_facts
 from lota.train.phase import Phase, timed, training_dtype
 from lota.train.say_plan import say_plan
-from lota.zero.compact.groups import check_shard_group_size
 from lota.zero.deepspeed.dense_report import dense_report
 
 
-@listening()
-def main(config_class: type[Config] = RecipeConfig) -> None:
-    """config_class: RecipeConfig fine-tunes on examples, PreferenceConfig (recipes/train_dpo.py) on preferences."""
+def main(argv: list[str] | None = None, config_class: type[Config] = RecipeConfig) -> None:
+    """config_class: RecipeConfig trains on examples, PreferenceConfig on preferences. argv: None takes sys.argv."""
+    with listening():
+        job = parse_options(argv, config_class)
+        load_data(job)
+        if job.options.is_sparse:
+            find_mask(job)
+            deliver_ticket(job, train(job))
+        else:
+            deliver_model(job, train_whole(job))
+        finish(job)
+
+
+def main_dpo(argv: list[str] | None = None) -> None:
+    """The same on preferences."""
+    main(argv, PreferenceConfig)
+
+
+def main_mask(argv: list[str] | None = None) -> None:
+    """Calibrate, and stop at the mask."""
+    with listening():
+        job = parse_options(argv, mask_only=True)
+        load_data(job)
+        find_mask(job)
+        say(f"mask in {job.folder.path / 'mask'}")
+        finish(job)
+
+
+@dataclass
+class Job:
+    """One run of this process: what was asked for, what it reads and writes, and what the summary will say of it."""
+
+    args: LotaArguments
+    config: Config
+    options: RunOptions
+    started: float
+    seconds: dict[str, float] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    plan: DataPlan = field(init=False)
+    sets: Sets = field(init=False)
+    folder: RunFolder = field(init=False)
+    mask: Mask | None = None  # until training has it, which keeps its indices on rank 0 only
+
+
+@dataclass
+class Trained:
+    """The outcome of training. phase: holds the engine until it is delivered. run: of a ticket, the block's."""
+
+    phase: Phase
+    facts: dict[str, Any]
+    run: Any = None
+
+
+def parse_options(
+    argv: list[str] | None, config_class: type[Config] = RecipeConfig, mask_only: bool = False
+) -> Job:
+    """Join the other ranks, settle the options, print the plan. Collective; ValueError on every rank for bad ones."""
     started = time.monotonic()
     join_world()
     with alike():
-        args, config = parse(config_class=config_class)
+        args, config = parse(argv, config_class)
     watch_ranks()
     with alike():
-        notes = validate(args, config)
-        check_shard_group_size(args.shard_group_size, world_size())
-    say_plan(args, config)
+        options = resolve(args, config, mask_only=mask_only, argv=argv)
+    if not mask_only:
+        say_plan(options, config)
     check_output_dir(str(config.output_dir))
+    return Job(args, config, options, started)
+
+
+def load_data(job: Job) -> None:
+    """Read and check the rows, and open the run's folder. Collective."""
+    options, config = job.options, job.config
     with alike():
-        sets = dataset.load(args, config.seed, is_preference=config_class is PreferenceConfig)
-        notes += checks.check(sets, args, config)
-    check_same("rows", dataset.identity(sets))
-    folder = RunFolder(args, config)
+        job.plan = plan_data(job.args)
+        job.sets = dataset.load(job.plan, config.seed, options.is_preference)
+        notes = [*options.notes, *checks.check(job.sets, options.model, options.revision, config)]
+    check_same("rows", dataset.identity(job.sets))
+    job.folder = RunFolder(options, config, job.plan)
+    job.summary |= {"method": options.method, "model": options.model, "world_size": world_size()}
     for note in notes:
         say(note)
-    say(f"{args.method} on {args.model_name_or_path}, {world_size()} ranks, weights in {training_dtype(config)}")
+    say(f"{options.method} on {options.model}, {world_size()} ranks, weights in {training_dtype(config)}")
 
-    seconds: dict[str, float] = {}
-    summary: dict[str, Any] = {"method": args.method, "model": args.model_name_or_path, "world_size": world_size()}
-    if args.method in ("full", "lora"):
-        train_densely(args, config, sets, folder, seconds, summary)
+
+def find_mask(job: Job) -> None:
+    """Load the mask that was given, or calibrate and select one. Collective."""
+    if job.options.mask is not None:
+        mask = Mask.load(job.options.mask)
+        say(f"mask from {job.options.mask}: {mask.num_active} of {mask.eligible} entries, density {mask.density:.8g}")
     else:
-        train_ticket(args, config, sets, folder, seconds, summary)
-
-    seconds["total"] = round(time.monotonic() - started, 2)
-    summary |= {"seconds": seconds, "versions": versions()}
-    folder.draw_report(summary)
-    folder.write_summary(summary)
-    say(f"done in {seconds['total']:.0f} s; {folder.path / 'summary.json'} has the figures")
+        mask, job.summary["calibration"], job.sets = calibrate(
+            job.options, job.config, job.sets, job.folder, job.seconds
+        )
+    job.summary["mask"] = mask_facts(job.options, mask)
+    job.mask = mask
 
 
-def train_densely(
-    args: LotaArguments,
-    config: Any,
-    sets: Any,
-    folder: RunFolder,
-    seconds: dict[str, float],
-    summary: dict[str, Any],
-) -> None:
-    """Train all weights, or an adapter, with DeepSpeed's own ZeRO-3; `summary` gets what LoTA's would. Collective."""
-    with timed(seconds, "training"):
-        phase = Phase("train", args, config, sets, folder)
-        facts = phase.run()
-    engine = phase.trainer.deepspeed
-    report = dense_report(engine, phase.num_micro_steps)
-    summary["training"] = facts | {"report": report}
-    say(f"held {sum(report['bytes_held'].values()) / 2**20:.1f} MiB a rank for model states")
-    if args.method == "lora":
-        with timed(seconds, "adapter"):
-            summary["adapter"] = lora.save_adapter(engine, folder.path / "adapter", args)
-    if args.merged:
-        with timed(seconds, "merged"):
-            whole_model.save_sharded(engine, folder.path / "merged", args)
-    phase.close()
-
-
-def train_ticket(
-    args: LotaArguments,
-    config: Any,
-    sets: Any,
-    folder: RunFolder,
-    seconds: dict[str, float],
-    summary: dict[str, Any],
-) -> None:
-    """Find the mask, rewind, train the active entries, and write the ticket; what was seen goes into `summary`.
-    Collective."""
-    if args.mask is not None:
-        mask = Mask.load(args.mask)
-        say(f"mask from {args.mask}: {mask.num_active} of {mask.eligible} entries, density {mask.density:.8g}")
-    else:
-        mask, summary["calibration"], sets = calibrate(args, config, sets, folder, seconds)
-    summary["mask"] = mask_facts(args, mask)
-    changes, notes = ds_config.for_sparse_training(config)
+def train(job: Job) -> Trained:
+    """Rewind to the base and train the active entries. Collective."""
+    options = job.options
+    mask, job.mask = job.mask, None
+    changes, notes = ds_config.for_sparse_training(job.config)
     for note in notes:
         say(note)
     with (
-        timed(seconds, "training"),
+        timed(job.seconds, "training"),
         sparse_zero3(
             mask,
-            dense=args.dense,
-            shard_group_size=args.shard_group_size,
-            gradient_reduction=args.gradient_reduction,
-            kernels=args.kernels,
-            max_skipped_steps=args.max_skipped_steps,
-            rounding_seed=args.rounding_seed,
+            dense=options.dense,
+            shard_group_size=options.shard_group_size,
+            gradient_reduction=options.gradient_reduction,
+            kernels=options.kernels,
+            max_skipped_steps=options.max_skipped_steps,
+            rounding_seed=options.rounding_seed,
         ) as run,
     ):
         del mask  # once the engine is built, only rank 0 keeps its indices
-        phase = Phase("train", args, config, sets, folder, **changes)
+        phase = Phase("train", options, job.config, job.sets, job.folder, **changes)
         facts = phase.run()
-    report = run.report()
-    summary["training"] = facts | {"report": report}
-    with timed(seconds, "ticket"):
+    return Trained(phase, facts | {"report": run.report()}, run)
+
+
+def train_whole(job: Job) -> Trained:
+    """Train all weights, or an adapter, with DeepSpeed's own ZeRO-3, to compare. Collective."""
+    with timed(job.seconds, "training"):
+        phase = Phase("train", job.options, job.config, job.sets, job.folder)
+        facts = phase.run()
+    return Trained(phase, facts | {"report": dense_report(phase.trainer.deepspeed, phase.num_micro_steps)})
+
+
+def deliver_ticket(job: Job, trained: Trained) -> None:
+    """Write the ticket and its card, and on request the merged model. Collective."""
+    options, folder, run, facts = job.options, job.folder, trained.run, trained.facts
+    report = facts["report"]
+    job.summary["training"] = facts
+    with timed(job.seconds, "ticket"):
         ticket = run.save_ticket(
             folder.path / "ticket",
             provenance={
-                "model": args.model_name_or_path,
-                "revision": args.model_revision,
-                "score": args.score or "from a mask",
-                "data": dataset.describe(args),
+                "model": options.model,
+                "revision": options.revision,
+                "score": options.calibration.score if options.calibration else "from a mask",
+                "data": job.plan.describe(),
                 "steps": facts["steps"],
-                "learning_rate": config.learning_rate,
+                "learning_rate": job.config.learning_rate,
                 "versions": versions(),
             },
-            dtype=torch.float32 if args.ticket_dtype == "float32" else None,
+            dtype=torch.float32 if options.ticket_dtype == "float32" else None,
             overwrite=True,  # of a run that was stopped between its ticket and its summary
         )
     folder.write_card(
         {
-            "density asked": args.density,
-            "calibration steps": summary.get("calibration", {}).get("steps"),
+            "density asked": options.calibration.density if options.calibration else None,
+            "calibration steps": job.summary.get("calibration", {}).get("steps"),
             "evaluation loss before": facts.get("eval_loss_before"),
             "evaluation loss after": facts.get("eval_loss"),
             "training loss at the last step": facts["last_step_loss"],
         }
     )
-    phase.close()
-    summary["ticket"] = ticket | {"bits_per_eligible_weight": 8 * ticket["bytes"] / run.mask.eligible}
+    trained.phase.close()
+    job.summary["ticket"] = ticket | {"bits_per_eligible_weight": 8 * ticket["bytes"] / run.mask.eligible}
     held, dense = sum(report["bytes_held"].values()), sum(report["bytes_held_dense"].values())
     say(f"held {held / 2**20:.1f} MiB a rank for model states; dense ZeRO-3 would hold {dense / 2**20:.1f} MiB")
     say(f"{ticket['num_changed']} of {ticket['num_active']} trained entries changed")
     say(f"ticket: {ticket['bytes'] / 2**20:.2f} MiB in {folder.path / 'ticket'}")
-    if args.merged:
-        with timed(seconds, "merged"):
-            whole_model.save_applied(args, training_dtype(config), folder.path / "ticket", folder.path / "merged")
+    if options.merged:
+        with timed(job.seconds, "merged"):
+            whole_model.save_applied(
+                options, training_dtype(job.config), folder.path / "ticket", folder.path / "merged"
+            )
 
 
-def main_dpo() -> None:
-    """The same job on preferences."""
-    main(PreferenceConfig)
+def deliver_model(job: Job, trained: Trained) -> None:
+    """Write the adapter, and on request the whole model. Collective."""
+    options, folder, engine = job.options, job.folder, trained.phase.trainer.deepspeed
+    job.summary["training"] = trained.facts
+    held = sum(trained.facts["report"]["bytes_held"].values())
+    say(f"held {held / 2**20:.1f} MiB a rank for model states")
+    if options.adapter is not None:
+        with timed(job.seconds, "adapter"):
+            job.summary["adapter"] = lora.save_adapter(engine, folder.path / "adapter", options)
+    if options.merged:
+        with timed(job.seconds, "merged"):
+            whole_model.save_sharded(engine, folder.path / "merged", options)
+    trained.phase.close()
 
 
-@listening()
-def main_mask() -> None:
-    started = time.monotonic()
-    join_world()
-    with alike():
-        args, config = parse()
-    watch_ranks()
-    with alike():
-        notes = validate(args, config, mask_only=True)
-    check_output_dir(str(config.output_dir))
-    with alike():
-        sets = dataset.load(args, config.seed)
-        notes += checks.check(sets, args, config)
-    check_same("rows", dataset.identity(sets))
-    folder = RunFolder(args, config)
-    for note in notes:
-        say(note)
-
-    seconds: dict[str, float] = {}
-    mask, facts, _ = calibrate(args, config, sets, folder, seconds)
-    seconds["total"] = round(time.monotonic() - started, 2)
-    summary: dict[str, Any] = {"model": args.model_name_or_path, "world_size": world_size(), "calibration": facts}
-    summary |= {"mask": mask_facts(args, mask), "seconds": seconds, "versions": versions()}
-    folder.draw_report(summary)
-    folder.write_summary(summary)
-    say(f"mask in {folder.path / 'mask'}, done in {seconds['total']:.0f} s")
+def finish(job: Job) -> None:
+    """The picture and summary.json, with which the run is complete."""
+    job.seconds["total"] = round(time.monotonic() - job.started, 2)
+    job.summary |= {"seconds": job.seconds, "versions": versions()}
+    job.folder.draw_report(job.summary)
+    job.folder.write_summary(job.summary)
+    say(f"done in {job.seconds['total']:.0f} s; {job.folder.path / 'summary.json'} has the figures")

@@ -12,28 +12,28 @@ import deepspeed
 from torch import Tensor
 
 from lota.ranks.world import barrier, rank, say
-from lota.run.options import LotaArguments
+from lota.run.resolve import Adapter, RunOptions
 from lota.zero.deepspeed.weights import whole_numel
 
 
-def peft_config(args: LotaArguments) -> Any:
+def peft_config(adapter: Adapter) -> Any:
     """PEFT's configuration of the adapter, made as TRL's `get_peft_config` makes it."""
     from peft import LoraConfig
 
-    targets = args.lora_target_modules
+    targets = list(adapter.target_modules)
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout,
         # One word stands for itself, as in TRL: "all-linear", or a regular expression.
-        target_modules=targets[0] if targets is not None and len(targets) == 1 else targets,
-        use_rslora=bool(args.use_rslora),
+        target_modules=targets[0] if len(targets) == 1 else targets,
+        use_rslora=adapter.use_rslora,
         bias="none",
     )
 
 
-def save_adapter(engine: Any, path: Path, args: LotaArguments) -> dict[str, Any]:
+def save_adapter(engine: Any, path: Path, options: RunOptions) -> dict[str, Any]:
     """Write the adapter of a ZeRO-3 engine, in the weights' dtype, and say how large it is. Collective."""
     engine.empty_partition_cache()
     model = engine.module
@@ -48,8 +48,8 @@ def save_adapter(engine: Any, path: Path, args: LotaArguments) -> dict[str, Any]
     if rank() == 0:
         temporary = path.with_name(f".{path.name}.partial")
         shutil.rmtree(temporary, ignore_errors=True)
-        model.peft_config["default"].base_model_name_or_path = args.model_name_or_path
-        model.peft_config["default"].revision = args.model_revision
+        model.peft_config["default"].base_model_name_or_path = options.model
+        model.peft_config["default"].revision = options.revision
         # Embeddings are not trained; left on "auto", PEFT asks the hub whether they were resized.
         model.save_pretrained(temporary, state_dict=tensors, save_embedding_layers=False)
         shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped between its adapter and its summary

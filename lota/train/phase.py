@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM, ProgressCallback
 from lota.data import trained_tokens
 from lota.data.dataset import Sets
 from lota.data.tokenizer import chat_template, load_tokenizer
-from lota.ranks.agree import alike, from_rank_0
 from lota.ranks.stop import leave_if_asked
 from lota.ranks.world import rank, say, world_size
 from lota.run import checkpoint_manifest
 from lota.run.batch import Batch
-from lota.run.checkpoints import chosen, is_complete, step_of
+from lota.run.checkpoints import step_of
 from lota.run.folder import RunFolder
-from lota.run.options import Config, LotaArguments, PreferenceConfig
+from lota.run.options import Config
+from lota.run.resolve import RunOptions
 from lota.train import lora
 from lota.train.callbacks import Log, NoLastCheckpoint, Progress
 from lota.train.tracking import tracking_of
@@ -41,7 +41,7 @@ class Phase:
     def __init__(
         self,
         name: str,
-        args: LotaArguments,
+        options: RunOptions,
         config: Config,
         data: Sets,
         folder: RunFolder,
@@ -52,10 +52,7 @@ class Phase:
         train, evaluation = data
         self.name = name
         where = folder.checkpoints_of(name)
-        self._checkpoint = from_rank_0(lambda: chosen(config.resume_from_checkpoint, where))
-        with alike():
-            if self._checkpoint is not None and not is_complete(self._checkpoint):
-                raise ValueError(f"{self._checkpoint} is not a complete checkpoint")
+        self._checkpoint = folder.resume.of_phase(where)
         self._log = Log(name, folder, 0 if self._checkpoint is None else step_of(self._checkpoint))
         # Evaluating at step 0 gives the base's loss from the very engine that trains.
         changes["eval_on_start"] = evaluation is not None and self._checkpoint is None
@@ -72,18 +69,18 @@ class Phase:
         leave_if_asked(f"before {_DOING[name]}")
         # Loading rewinds: nothing of an earlier phase is reused. from_pretrained shards at once, because the
         # arguments above registered the ZeRO-3 configuration.
-        model = load_model(args, config)
+        model = load_model(options, config)
         # Where embeddings are frozen, reentrant checkpointing cuts the graph unless their output asks for a gradient.
         if self.config.gradient_checkpointing:
             model.enable_input_require_grads()
         self.trainer = trainer_class(config)(
             model=model,
-            **({"ref_model": load_model(args, config)} if needs_reference(args, config) else {}),
+            **({"ref_model": load_model(options, config)} if needs_reference(options, config) else {}),
             args=self.config,
             train_dataset=train,
             eval_dataset=evaluation,
-            processing_class=load_tokenizer(args),
-            peft_config=lora.peft_config(args) if args.method == "lora" else None,
+            processing_class=load_tokenizer(options.model, options.revision),
+            peft_config=None if options.adapter is None else lora.peft_config(options.adapter),
         )
         self.trainer.saved_step = None if self._checkpoint is None else step_of(self._checkpoint)
         self.trainer.remove_callback(ProgressCallback)
@@ -94,7 +91,7 @@ class Phase:
         if name == "calibrate":
             self.trainer.add_callback(NoLastCheckpoint())
         # Calibration comes first on the run's one axis of steps.
-        first_step = (args.calibration_steps or 0) if name == "train" else 0
+        first_step = options.calibration.steps if options.calibration is not None and name == "train" else 0
         for callback in tracking_of(folder.path, config.report_to).callbacks(name, first_step):
             self.trainer.add_callback(callback)
         if not self.config.disable_tqdm:
@@ -176,22 +173,22 @@ class Phase:
 
 
 
-def load_model(args: LotaArguments, config: Config) -> Any:
+def load_model(options: RunOptions, config: Config) -> Any:
     """The base as it is trained, sharded at once where a ZeRO-3 configuration was registered."""
     model = AutoModelForCausalLM.from_pretrained(
-        args.model_name_or_path,
-        revision=args.model_revision,
-        attn_implementation=args.attn_implementation,
+        options.model,
+        revision=options.revision,
+        attn_implementation=options.attn_implementation,
         dtype=training_dtype(config),
     )
     model.config.use_cache = False
     return model
 
 
-def needs_reference(args: LotaArguments, config: Config) -> bool:
+def needs_reference(options: RunOptions, config: Config) -> bool:
     """Whether DPO loads the base once more. An adapter is switched off instead, and with precompute_ref_log_probs TRL
     asks the model before it is trained."""
-    return isinstance(config, PreferenceConfig) and not config.precompute_ref_log_probs and args.method != "lora"
+    return options.is_preference and options.adapter is None and not getattr(config, "precompute_ref_log_probs", False)
 
 
 def mean_loss(history: Sequence[Mapping[str, Any]]) -> float | None:

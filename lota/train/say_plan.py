@@ -4,79 +4,83 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from lota import plan
 from lota.ranks.world import rank, say, world_size
 from lota.run import ds_config
-from lota.run.options import Config, LotaArguments
+from lota.run.options import Config
+from lota.run.resolve import RunOptions
 from lota.selection import candidates, eligible, left_out, left_out_lines
 from lota.ticket import Mask
 from lota.train.phase import needs_reference, training_dtype
 from lota.zero.compact.groups import check_shard_group_size, local_size
 
 
-def say_plan(args: LotaArguments, config: Config) -> None:
+def say_plan(options: RunOptions, config: Config) -> None:
     """Print the short plan on rank 0. A model that cannot be planned is no reason to stop: loading it will tell."""
     if rank() > 0:
         return
     try:
-        layout = layout_of(args, config)
-        lines = [*plan.short_lines(plans_of(args, config, layout), layout), *lines_of_left_out(args, config)]
+        layout = layout_of(options, config)
+        lines = [*plan.short_lines(plans_of(options, config, layout), layout), *lines_of_left_out(options, config)]
     except (ValueError, OSError, ImportError) as error:
         lines = [f"no plan: {error}"]
     for line in lines:
         say(line)
 
 
-def plans_of(args: LotaArguments, config: Config, layout: plan.Layout) -> list[plan.MethodPlan]:
+def plans_of(options: RunOptions, config: Config, layout: plan.Layout) -> list[plan.MethodPlan]:
     """The phases of this run, in order."""
-    model = _model(args, config)
-    plans = _phases(args, model, layout)
-    return [_with_reference(one, model, layout) for one in plans] if needs_reference(args, config) else plans
+    model = _model(options, config)
+    plans = _phases(options, model, layout)
+    return [_with_reference(one, model, layout) for one in plans] if needs_reference(options, config) else plans
 
 
-def lines_of_left_out(args: LotaArguments, config: Config) -> list[str]:
+def lines_of_left_out(options: RunOptions, config: Config) -> list[str]:
     """What the calibration of this run, if it has one, leaves out of the model."""
-    if args.method != "lota" or args.mask is not None:
+    chosen_by = options.calibration
+    if chosen_by is None:
         return []
-    shapes = _model(args, config).shapes
-    chosen = candidates(shapes, args.include, args.exclude, args.dense)
+    shapes = _model(options, config).shapes
+    chosen = candidates(shapes, chosen_by.include, chosen_by.exclude, options.dense)
     return left_out_lines(left_out(shapes, {*chosen.names, *chosen.dense}))
 
 
-def _model(args: LotaArguments, config: Config) -> plan.ModelShapes:
-    assert args.model_name_or_path is not None
+def _model(options: RunOptions, config: Config) -> plan.ModelShapes:
     dtype = str(training_dtype(config)).removeprefix("torch.")
-    return plan.read_model(args.model_name_or_path, revision=args.model_revision, dtype=dtype)
+    return plan.read_model(options.model, revision=options.revision, dtype=dtype)
 
 
-def _phases(args: LotaArguments, model: plan.ModelShapes, layout: plan.Layout) -> list[plan.MethodPlan]:
-    if args.method == "full":
+def _phases(options: RunOptions, model: plan.ModelShapes, layout: plan.Layout) -> list[plan.MethodPlan]:
+    if options.method == "full":
         return [plan.full(model, layout)]
-    if args.method == "lora":
-        return [plan.lora(model, layout, plan.LoraSettings(args.lora_r or 16, _lora_targets(args, model)))]
-    if args.mask is not None:
-        mask = Mask.load(args.mask)
+    if options.adapter is not None:
+        targets = _lora_targets(options.adapter.target_modules, model)
+        return [plan.lora(model, layout, plan.LoraSettings(options.adapter.r, targets))]
+    before: list[plan.MethodPlan] = []
+    if options.calibration is not None:
+        asked = options.calibration
+        chosen = candidates(model.shapes, asked.include, asked.exclude, options.dense)
+        trained = [*chosen.names, *(chosen.dense if asked.score == "task_vector" else ())]
+        before = [plan.calibration(model, layout, trained, asked.score)]
+        taken = {"rows": chosen.rows, "dense": chosen.dense}
+        counts = plan.MaskCounts.even(model, chosen.names, asked.density, layout.shard_size, **taken)
+    else:
+        assert options.mask is not None
+        mask = Mask.load(options.mask)
         known = [name for name in mask.names if name in model.shapes]  # it may name buffers too
         counts = plan.MaskCounts.even(model, known, mask.density, layout.shard_size)
-        before = []
-    else:
-        chosen = candidates(model.shapes, args.include, args.exclude, args.dense)
-        score, taken = args.score or "task_vector", {"rows": chosen.rows, "dense": chosen.dense}
-        trained = [*chosen.names, *(chosen.dense if score == "task_vector" else ())]
-        before = [plan.calibration(model, layout, trained, score)]
-        counts = plan.MaskCounts.even(model, chosen.names, args.density or 0.1, layout.shard_size, **taken)
-    reduction = "dense" if args.gradient_reduction == "dense" else "compact"
+    reduction = "dense" if options.gradient_reduction == "dense" else "compact"
     return [*before, plan.lota(model, layout, counts, reduction=reduction)]
 
 
-def _lora_targets(args: LotaArguments, model: plan.ModelShapes) -> tuple[str, ...]:
+def _lora_targets(targets: Sequence[str], model: plan.ModelShapes) -> tuple[str, ...]:
     """The matrices that get an adapter, by PEFT's rules: one word is `all-linear` or an expression for whole names,
     several are ends of names."""
-    targets = args.lora_target_modules or ["all-linear"]
-    if targets == ["all-linear"]:
+    if tuple(targets) == ("all-linear",):
         return tuple(name for name in eligible(model.shapes) if len(model.shapes[name]) == 2)
     pattern = targets[0] if len(targets) == 1 else rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
     found = re.compile(pattern)
@@ -94,12 +98,12 @@ def _with_reference(phase: plan.MethodPlan, model: plan.ModelShapes, layout: pla
     )
 
 
-def layout_of(args: LotaArguments, config: Config) -> plan.Layout:
+def layout_of(options: RunOptions, config: Config) -> plan.Layout:
     """Ranks from the launcher's environment, bucket and limits from the DeepSpeed configuration if it has them."""
     content = ds_config.content(config)
     zero = content.get("zero_optimization", {})
     limits = [zero.get(f"stage3_{name}") for name in ("max_live_parameters", "max_reuse_distance")]
-    shard_size = check_shard_group_size(args.shard_group_size, world_size())
+    shard_size = check_shard_group_size(options.shard_group_size, world_size())
     return plan.Layout(
         ranks=world_size(),
         node_size=local_size() or world_size(),

@@ -19,29 +19,24 @@ from lota.delivery.apply import apply_to_checkpoint
 from lota.delivery.model_folder import locate
 from lota.ranks.agree import together
 from lota.ranks.world import barrier, rank, say
-from lota.run.options import LotaArguments
+from lota.run.resolve import RunOptions
 from lota.ticket import Ticket
 from lota.train import lora
 
 SHARD_BYTES = 4 << 30
 
 
-def base_folder(args: LotaArguments) -> Path:
-    """The folder of the base's safetensors files; a model on the hub is downloaded, or found where it was cached."""
-    assert args.model_name_or_path is not None
-    return locate(args.model_name_or_path, args.model_revision)
-
-
-def save_applied(args: LotaArguments, dtype: torch.dtype, ticket_path: Path, path: Path) -> None:
+def save_applied(options: RunOptions, dtype: torch.dtype, ticket_path: Path, path: Path) -> None:
     """Write the base, cast to `dtype`, with the ticket's values assigned. Rank 0 works, the others wait."""
     with together():
         if rank() == 0:
             shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before its summary
-            apply_to_checkpoint(base_folder(args), [Ticket.load(ticket_path)], path, dtype=dtype, say=say)
+            base = locate(options.model, options.revision)
+            apply_to_checkpoint(base, [Ticket.load(ticket_path)], path, dtype=dtype, say=say)
             say(f"merged model in {path}")
 
 
-def save_sharded(engine: Any, path: Path, args: LotaArguments) -> None:
+def save_sharded(engine: Any, path: Path, options: RunOptions) -> None:
     """Write the model of a ZeRO-3 engine as a Hugging Face folder. Collective.
 
     Tensors are gathered one at a time, an adapter merged into them, and rank 0 holds at most one shard file. Tied
@@ -56,7 +51,7 @@ def save_sharded(engine: Any, path: Path, args: LotaArguments) -> None:
     shard: dict[str, Tensor] = {}
     shards: list[list[str]] = []
     total = 0
-    for name, tensor in lora.merged_tensors(model) if args.method == "lora" else _tensors(model):
+    for name, tensor in lora.merged_tensors(model) if options.adapter is not None else _tensors(model):
         if tensor is not None:
             shard[name] = tensor
             total += tensor.nbytes
@@ -68,7 +63,7 @@ def save_sharded(engine: Any, path: Path, args: LotaArguments) -> None:
             shards.append(_write_shard(temporary, len(shards), shard))
         _name_shards(temporary, shards, total)
         model.config.save_pretrained(temporary)
-        load_tokenizer(args).save_pretrained(temporary)
+        load_tokenizer(options.model, options.revision).save_pretrained(temporary)
         shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before its summary
         os.replace(temporary, path)
         say(f"trained model in {path}")

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from lota.choices import check_max_skipped_steps
 from lota.ticket import BaseTensor
 from lota.zero.checkpoint import progress
 from lota.zero.compact.groups import BlockGroups
-from lota.zero.compact.skipped_steps import SkippedSteps, check_max_skipped_steps
+from lota.zero.compact.skipped_steps import SkippedSteps
 from lota.zero.deepspeed import engine as engines
 from lota.zero.deepspeed import weights
 from lota.zero.fingerprints import fingerprints

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lota.choices import GRADIENT_SCORES, MAX_SKIPPED_STEPS
 from lota.ticket import BaseTensor
 from lota.ticket.rows import Rows, span
 from lota.ticket.rows import whole as all_rows
 from lota.zero.block import BUCKET_NUMEL, BlockRun
 from lota.zero.compact.groups import connect, make_groups
-from lota.zero.compact.scores import GRADIENT_SCORES, GradientScores, Piece, TaskVectorScores, WeightScores, piece_of
-from lota.zero.compact.skipped_steps import DEFAULT_MAX_SKIPPED_STEPS
+from lota.zero.compact.scores import GradientScores, Piece, TaskVectorScores, WeightScores, piece_of
 from lota.zero.deepspeed import weights
 from lota.zero.deepspeed.dense_state import DenseState
 from lota.zero.deepspeed.optimizer import CompactOptimizer
@@ -55,7 +55,7 @@ class CalibrationRun(BlockRun):
         score: str,
         choose: Callable[[Shapes, Shapes, Shapes], TakingPart],
         check: Callable[[Shapes, Mapping[str, Rows], Mapping[str, BaseTensor] | None], None],
-        max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
+        max_skipped_steps: int = MAX_SKIPPED_STEPS,
         names_adapters: bool = False,
     ) -> None:
         super().__init__(max_skipped_steps)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from lota import plan
+from lota.choices import MAX_SKIPPED_STEPS, check_rounding_seed
 from lota.kernels import backend_name
 from lota.messages import did_you_mean
 from lota.ranks.agree import together
@@ -24,7 +25,6 @@ from lota.zero.buffers import StoredBuffers
 from lota.zero.compact.groups import check_shard_group_size, connect, make_groups
 from lota.zero.compact.mask_counts import mask_counts
 from lota.zero.compact.outline import MaskOutline
-from lota.zero.compact.skipped_steps import DEFAULT_MAX_SKIPPED_STEPS
 from lota.zero.compact.training import SparseTraining
 from lota.zero.compact.update import choose_update
 from lota.zero.deepspeed import weights
@@ -55,9 +55,9 @@ class SparseRun(BlockRun):
         *,
         shard_group_size: int | str | None,
         gradient_reduction: str,
-        once_per_step: bool,
+        reduce_every: str,
         dense: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, Rows]] | None = None,
-        max_skipped_steps: int = DEFAULT_MAX_SKIPPED_STEPS,
+        max_skipped_steps: int = MAX_SKIPPED_STEPS,
         rounding_seed: int | None = None,
     ) -> None:
         super().__init__(max_skipped_steps)
@@ -67,7 +67,7 @@ class SparseRun(BlockRun):
         self.outline = MaskOutline(mask)
         self._mask: Mask | None = mask
         self._rounding_seed = check_rounding_seed(rounding_seed)
-        self._shard_group_size, self._once_per_step = shard_group_size, once_per_step
+        self._shard_group_size, self._reduce_every = shard_group_size, reduce_every
         self._gradient_reduction, self._reduction_reason = gradient_reduction, "as asked"
         self._kernels = ""
 
@@ -167,8 +167,8 @@ class SparseRun(BlockRun):
             groups=self.groups.reduction,
             device=self.device,
             bucket_numel=min(int(optimizer.reduce_bucket_size), BUCKET_NUMEL),
-            once_per_step=self._once_per_step,
-            reduces_whole=self._gradient_reduction == "dense",
+            reduce_every=self._reduce_every,
+            gradient_reduction=self._gradient_reduction,
             wire=communication_dtype(engine),
         )
         self.core.extra = buffers.vectors
@@ -215,7 +215,7 @@ class SparseRun(BlockRun):
             plan_of,
             smallest_memory(self.device),
             shard_size=layout.shard_size,
-            once_per_step=self._once_per_step,
+            reduce_every=self._reduce_every,
         )
         if dist.get_rank() == 0:
             _LOG.info("gradient_reduction %s", self._reduction_reason)
@@ -321,13 +321,6 @@ class SparseRun(BlockRun):
             overwrite=overwrite,
             device=self.device,
         )
-
-
-def check_rounding_seed(seed: Any) -> int | None:
-    """ValueError for anything but None or a seed of stochastic rounding."""
-    if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 63):
-        raise ValueError(f"rounding_seed must be an integer in [0, 2**63), or None to round to nearest, got {seed!r}")
-    return seed
 
 
 def smallest_memory(device: torch.device) -> int | None:

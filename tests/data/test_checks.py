@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from lota.data import dataset
 from lota.data.checks import check
-from lota.data.options import SourceArguments
+from lota.data.options import SourceArguments, plan_data
 from tests.data import tiny
 from tests.data.test_tokenizer import folder_with, trained
 
@@ -30,7 +30,7 @@ def checked(
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     args = SourceArguments(model_name_or_path=str(base), train_file=[str(file)], as_chat=as_chat)
     settings = {"report_to": [], "bf16": False, "use_cpu": True} | config
-    return check(dataset.load(args), args, SFTConfig(str(tmp_path / "out"), **settings))
+    return check(dataset.load(plan_data(args)), str(base), "main", SFTConfig(str(tmp_path / "out"), **settings))
 
 
 @pytest.mark.parametrize(

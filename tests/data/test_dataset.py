@@ -12,7 +12,8 @@ import pytest
 from datasets import Dataset
 
 from lota.data import sources
-from lota.data.dataset import describe, load
+from lota.data.dataset import load
+from lota.data.options import plan_data
 from lota.run.options import LotaArguments, parse
 
 ROWS = [{"question": "1+1?", "answer": "2", "note": {"deep": 1}}, {"question": "a {b}", "answer": "c"}]
@@ -27,14 +28,14 @@ def write(path: Path, rows: list[Any]) -> str:
 
 
 def loaded(*files: str, **options: Any) -> list[dict[str, Any]]:
-    return load(LotaArguments(train_file=list(files), **options)).train.to_list()
+    return load(plan_data(LotaArguments(train_file=list(files), **options))).train.to_list()
 
 
 def test_fields_and_templates(tmp_path: Path) -> None:
     train = write(tmp_path / "train.jsonl", ROWS)
     assert loaded(train, **FIELDS) == FILLED
     templates = {"prompt_template": "Q: {question}\n{{A}}:", "completion_template": " {answer}"}
-    rows, evaluation = load(LotaArguments(train_file=[train], eval_file=[train], **templates))
+    rows, evaluation = load(plan_data(LotaArguments(train_file=[train], eval_file=[train], **templates)))
     assert rows[1] == {"prompt": "Q: a {b}\n{A}:", "completion": " c"}
     assert evaluation is not None and evaluation.to_list() == rows.to_list()
 
@@ -87,7 +88,7 @@ def test_conversations(tmp_path: Path) -> None:
 def test_preferences(tmp_path: Path) -> None:
     def preferences(row: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
         args = LotaArguments(train_file=[write(tmp_path / "p.jsonl", [row])], **options)
-        return load(args, is_preference=True).train.to_list()
+        return load(plan_data(args), is_preference=True).train.to_list()
 
     row = {"prompt": "p", "chosen": "c", "rejected": "r"}
     assert preferences(row) == [row]
@@ -114,17 +115,17 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sources, "load_dataset", hub)
     args = LotaArguments(dataset_name="some/set", dataset_config="main", eval_split="test")
-    train, evaluation = load(args)
+    train, evaluation = load(plan_data(args))
     assert train["prompt"][0] == "train" and evaluation is not None and evaluation["prompt"][0] == "test"
     assert set(asked) == {("some/set", "main", "train"), ("some/set", "main", "test")}
-    assert describe(args) == "some/set/main (train)"
+    assert plan_data(args).describe() == "some/set/main (train)"
 
     def offline(*names: Any, split: str) -> Dataset:
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(sources, "load_dataset", offline)
     with pytest.raises(ValueError, match=r"dataset_name 'some/set' cannot be loaded: no route to host"):
-        load(args)
+        load(plan_data(args))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_mixtures_that_are_refused(tmp_path: Path, mixture: list[Any], options: 
     paths = {name: write(tmp_path / f"{name}.jsonl", [row]) for name, row in contents.items()}
     entries = [{k: paths.get(v, v) for k, v in e.items()} if isinstance(e, dict) else e for e in mixture]
     with pytest.raises(ValueError, match=message):
-        load(LotaArguments(mixture=entries, **options))
+        load(plan_data(LotaArguments(mixture=entries, **options)))
 
 
 def test_files_that_are_not_there_or_not_data(tmp_path: Path) -> None:
@@ -229,8 +230,9 @@ def test_a_mixture_in_the_config_file_and_on_the_command_line(tmp_path: Path) ->
     file = write(tmp_path / "a.jsonl", [{"text": "t"}])
     (tmp_path / "run.yaml").write_text(f"mixture:\n- train_file: {file}\n  weight: 2\n", encoding="utf-8")
     args, _ = parse(["--config", str(tmp_path / "run.yaml")])
-    assert load(args).train.to_list() == [{"text": "t"}] and describe(args) == [{"data": file, "weight": 2.0}]
+    assert load(plan_data(args)).train.to_list() == [{"text": "t"}]
+    assert plan_data(args).describe() == [{"data": file, "weight": 2.0}]
     args, _ = parse(["--mixture", f"[{{train_file: {file}}}]"])
-    assert load(args).train.to_list() == [{"text": "t"}]
+    assert load(plan_data(args)).train.to_list() == [{"text": "t"}]
     args, _ = parse(["--train_file", file, file])
-    assert len(load(args).train) == 2
+    assert len(load(plan_data(args)).train) == 2

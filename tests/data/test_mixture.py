@@ -10,6 +10,7 @@ import pytest
 
 from lota.data.dataset import load
 from lota.data.mixture import apportion, choose, epoch_counts, set_aside, shuffled
+from lota.data.options import plan_data
 from lota.run.options import LotaArguments
 
 
@@ -61,18 +62,18 @@ def test_a_mixture_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         {"train_file": write(tmp_path / "b.jsonl", "b", 5), "weight": 0.25},
     ]
     args = LotaArguments(mixture=mixture)
-    prompts = list(load(args, seed=3).train["prompt"])
+    prompts = list(load(plan_data(args), seed=3).train["prompt"])
     assert Counter(prompt[0] for prompt in prompts) == {"a": 15, "b": 5} and len(set(prompts)) == 20
-    assert prompts != sorted(prompts) and prompts == list(load(args, seed=3).train["prompt"])
-    assert prompts != list(load(args, seed=4).train["prompt"])
+    assert prompts != sorted(prompts) and prompts == list(load(plan_data(args), seed=3).train["prompt"])
+    assert prompts != list(load(plan_data(args), seed=4).train["prompt"])
     assert "a.jsonl: 15 of its 40 rows in an epoch (75.00%)" in capsys.readouterr().out
 
-    repeated = load(LotaArguments(mixture=mixture, mixture_rows=60), seed=3).train["prompt"]
+    repeated = load(plan_data(LotaArguments(mixture=mixture, mixture_rows=60)), seed=3).train["prompt"]
     assert set(Counter(prompt for prompt in repeated if prompt[0] == "b").values()) == {3}
     assert "b.jsonl: 15 rows, of 5 repeated" in capsys.readouterr().out
 
     everything = [{key: value for key, value in entry.items() if key != "weight"} for entry in mixture]
-    assert len(load(LotaArguments(mixture=everything)).train) == 45
+    assert len(load(plan_data(LotaArguments(mixture=everything))).train) == 45
 
 
 @pytest.mark.parametrize("options", [{"eval_rows": 9}, {"eval_fraction": 0.2}])
@@ -82,7 +83,7 @@ def test_evaluation_rows_are_trained_by_nobody(tmp_path: Path, options: dict[str
         {"train_file": write(tmp_path / "b.jsonl", "b", 5), "weight": 1},
     ]
     args = LotaArguments(mixture=mixture, mixture_rows=90, **options)  # type: ignore[arg-type]
-    train, evaluation = load(args, seed=1)
+    train, evaluation = load(plan_data(args), seed=1)
     assert evaluation is not None and len(train) == 90
     assert Counter(prompt[0] for prompt in evaluation["prompt"]) == {"a": 8, "b": 1}
     assert not set(train["prompt"]) & set(evaluation["prompt"])
@@ -93,6 +94,6 @@ def test_evaluation_rows_are_trained_by_nobody(tmp_path: Path, options: dict[str
 
 def test_a_single_set_keeps_the_order_of_its_file(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", "a", 10)
-    train, evaluation = load(LotaArguments(train_file=file, eval_rows=2), seed=1)
+    train, evaluation = load(plan_data(LotaArguments(train_file=file, eval_rows=2)), seed=1)
     assert evaluation is not None and len(evaluation) == 2
     assert [*train["prompt"]] == [p for p in (f"a{k}" for k in range(10)) if p not in set(evaluation["prompt"])]

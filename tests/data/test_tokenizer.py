@@ -63,7 +63,7 @@ def test_ids_are_sentencepieces_own(
 ) -> None:
     model = trained(kind, normalization, **options)
     reference = sentencepiece.SentencePieceProcessor(model_proto=model)
-    tokenizer = load_tokenizer(folder_with(tmp_path, model))
+    tokenizer = load_tokenizer(str(folder_with(tmp_path, model).model_name_or_path))
     assert tokenizer.is_fast == is_fast
     rng = random.Random(1)
     texts = ["".join(rng.choices(ALPHABET, k=rng.randint(1, 30))) for _ in range(1000)]
@@ -91,7 +91,7 @@ def test_what_the_config_says_of_the_tokenizer_is_kept(tmp_path: Path) -> None:
         tmp_path, model, tokenizer_class="LlamaTokenizer", add_bos_token=False, add_eos_token=True,
         eos_token={"content": "</s>"}, chat_template="{{ x }}",
     )  # fmt: skip
-    tokenizer = load_tokenizer(args)
+    tokenizer = load_tokenizer(str(args.model_name_or_path))
     reference = sentencepiece.SentencePieceProcessor(model_proto=model)
     assert tokenizer("the")["input_ids"] == [*reference.encode("the"), 2] and tokenizer.chat_template == "{{ x }}"
     assert tokenizer.pad_token == "</s>"  # this model has no piece for padding
@@ -99,19 +99,19 @@ def test_what_the_config_says_of_the_tokenizer_is_kept(tmp_path: Path) -> None:
     size = reference.get_piece_size()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"gives '<\|end\|>' the id 500, which does not follow|no embedding row"):
-        load_tokenizer(args)
+        load_tokenizer(str(args.model_name_or_path))
     tiny.model(size + 1).save_pretrained(tmp_path)
     added = {str(size): {"content": "<|end|>", "special": True}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}), encoding="utf-8")
-    ids = load_tokenizer(args)("the<|end|>")["input_ids"]
+    ids = load_tokenizer(str(args.model_name_or_path))("the<|end|>")["input_ids"]
     assert ids == [1, *reference.encode("the"), size]
 
 
 def test_the_exact_kind_is_saved_as_it_came(tmp_path: Path) -> None:
     args = folder_with(tmp_path, trained("unigram", "nmt_nfkc"), chat_template="{{ x }}")
-    tokenizer = load_tokenizer(args)
+    tokenizer = load_tokenizer(str(args.model_name_or_path))
     tokenizer.save_pretrained(tmp_path)
-    again = load_tokenizer(args)
+    again = load_tokenizer(str(args.model_name_or_path))
     assert type(again) is type(tokenizer) and again.chat_template == "{{ x }}"
     assert again(" the  other")["input_ids"] == tokenizer(" the  other")["input_ids"]
     AutoTokenizer.from_pretrained(tmp_path)  # loads, with ids of its own
@@ -128,7 +128,7 @@ def test_the_exact_kind_survives_pickling(tmp_path: Path) -> None:
 def test_a_resized_vocabulary_is_refused_with_the_cure(tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer()
     args = SourceArguments(model_name_or_path=str(tiny.save(tmp_path, num_rows=len(tokenizer))))
-    load_tokenizer(args)
+    load_tokenizer(str(args.model_name_or_path))
     tokenizer.add_tokens(["<tool>", "<think>"])
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(
@@ -136,7 +136,7 @@ def test_a_resized_vocabulary_is_refused_with_the_cure(tmp_path: Path) -> None:
         match=r"2 tokens for which the model has no embedding row \('<tool>', '<think>'; the model has 20 rows\)"
         r".*resize_token_embeddings.*dense: .*model\.embed_tokens\.weight",
     ):
-        load_tokenizer(args)
+        load_tokenizer(str(args.model_name_or_path))
 
 
 def test_padding_needs_no_new_row(tmp_path: Path) -> None:
@@ -144,8 +144,8 @@ def test_padding_needs_no_new_row(tmp_path: Path) -> None:
     args = SourceArguments(model_name_or_path=str(tiny.save(tmp_path, num_rows=len(tokenizer))))
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(args).pad_token == "</s>"
+    assert load_tokenizer(str(args.model_name_or_path)).pad_token == "</s>"
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny.tokenizer().backend_tokenizer, unk_token="<unk>")
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="neither a padding nor an end-of-text token: name them"):
-        load_tokenizer(args)
+        load_tokenizer(str(args.model_name_or_path))

@@ -11,6 +11,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from lota.data import checks, dataset, trained_tokens
+from lota.data.options import plan_data
 from lota.run.options import LotaArguments
 from tests.data import tiny
 
@@ -43,10 +44,10 @@ def prepared(base: Path, tmp_path: Path, options: dict[str, Any], **config: Any)
     args = LotaArguments(model_name_or_path=str(base), **options)
     settings = {"max_length": 12, "report_to": [], "bf16": False, "gradient_checkpointing": False} | config
     trl_config = SFTConfig(str(tmp_path / "out"), use_cpu=True, **settings)
-    sets = dataset.load(args, seed=1)
-    checks.check(sets, args, trl_config)
+    sets = dataset.load(plan_data(args), seed=1)
+    checks.check(sets, str(base), "main", trl_config)
     return SFTTrainer(
-        tiny.model(), args=trl_config, train_dataset=sets.train, processing_class=checks.load_tokenizer(args)
+        tiny.model(), args=trl_config, train_dataset=sets.train, processing_class=checks.load_tokenizer(str(base))
     )
 
 
@@ -81,7 +82,7 @@ def test_csv_is_text_as_it_stands(base: Path, tmp_path: Path) -> None:
         "prompt_field": "question",
         "completion_template": " {answer} {n}",
     }
-    assert dataset.load(LotaArguments(**options)).train.to_list() == [
+    assert dataset.load(plan_data(LotaArguments(**options))).train.to_list() == [
         {"prompt": "a b", "completion": " c 007"},
         {"prompt": "d", "completion": " NA 1e3"},
     ]

@@ -130,7 +130,7 @@ def test_what_leaves_a_rank(kind, group, node, expected):
 def test_auto_takes_compact_unless_only_dense_fits(llama_70b):
     layout = plan.Layout(ranks=8)
     plans = {kind: _lota(llama_70b, layout, 0.1, reduction=kind) for kind in ("compact", "dense")}
-    options = {"shard_size": 8, "once_per_step": False}
+    options = {"shard_size": 8, "reduce_every": "micro_step"}
     assert plans["dense"].peak < plans["compact"].peak
     enough = plans["compact"].peak * 100 // 80 + 1
     for memory, expected, reason in (
@@ -140,8 +140,8 @@ def test_auto_takes_compact_unless_only_dense_fits(llama_70b):
     ):
         choice, why = plan.choose_reduction(plans.__getitem__, memory, **options)
         assert choice == expected and reason in why, why
-    assert plan.choose_reduction(plans.__getitem__, 1, shard_size=1, once_per_step=False)[0] == "compact"
-    assert plan.choose_reduction(plans.__getitem__, 1, shard_size=8, once_per_step=True)[0] == "compact"
+    assert plan.choose_reduction(plans.__getitem__, 1, shard_size=1, reduce_every="micro_step")[0] == "compact"
+    assert plan.choose_reduction(plans.__getitem__, 1, shard_size=8, reduce_every="step")[0] == "compact"
     worse = {"compact": plans["dense"], "dense": plans["compact"]}
     choice, why = plan.choose_reduction(worse.__getitem__, 1, **options)
     assert choice == "compact" and "dense would need" in why

@@ -20,8 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTTrainer
 
 from lota.data import dataset, sources
+from lota.data.options import DataArguments, plan_data
+from lota.data.tokenizer import chat_template
 from lota.run.options import LotaArguments, RecipeConfig, parse
-from lota.run.validate import validate
+from lota.run.resolve import RunOptions, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "recipes" / "configs"
@@ -119,11 +121,11 @@ def commands(path: Path) -> list[list[str]]:
     return [shlex.split(line.removeprefix("#")) for line in text.splitlines() if line.startswith("# deepspeed")]
 
 
-def options(path: Path, command: int = 0) -> tuple[LotaArguments, RecipeConfig, list[str]]:
+def options(path: Path, command: int = 0) -> tuple[LotaArguments, RecipeConfig, RunOptions]:
     words = commands(path)[command]
     argv = words[words.index("recipes/train_lota.py") + 1 :]
     args, config = parse(argv)
-    return args, config, validate(args, config, argv=argv)
+    return args, config, resolve(args, config, argv=argv)
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +174,8 @@ def test_the_commands_of_the_comment_start_the_file_itself(path: Path, monkeypat
         assert words[0] == "deepspeed" and words[words.index("--config") + 1] == f"recipes/configs/{path.name}"
         assert words[words.index("--output_dir") + 1] == f"runs/{path.stem}"
     assert two_nodes[1:5] == ["--hostfile", "hosts", "--num_nodes", "2"]
-    (args, config, notes), (on_two, *_) = options(path), options(path, 1)
-    assert notes == [] and args.shard_group_size is None and on_two.shard_group_size == "node"
+    (args, config, run), (on_two, *_) = options(path), options(path, 1)
+    assert run.notes == () and run.shard_group_size is None and on_two.shard_group_size == "node"
     assert args.model_name_or_path == next(name for stem, name in MODELS.items() if path.stem.startswith(stem))
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps * 8 == 32
 
@@ -191,7 +193,7 @@ def test_the_models_files_differ_in_the_model_only() -> None:
 def test_the_tasks_files_share_all_that_is_not_the_data() -> None:
     own = {"per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "num_train_epochs"}
     chat = {"chat_template_path", "assistant_only_loss"}
-    of_data = {entry.name for entry in dataset.DataArguments.__dataclass_fields__.values()}
+    of_data = {entry.name for entry in DataArguments.__dataclass_fields__.values()}
     shared = []
     for task in TASKS:
         content = yaml.safe_load((FOLDER / f"llama31_8b_{task}.yaml").read_text(encoding="utf-8"))
@@ -208,16 +210,18 @@ def test_rows_of_the_hubs_form_train_the_answers_and_nothing_else(
     task = TASKS[path.stem.removeprefix(next(stem for stem in MODELS if path.stem.startswith(stem)) + "_")]
     if args.eval_rows is not None:
         args.eval_rows = 1  # of the stand-in's few rows
-    sets = dataset.load(args, config.seed)
+    sets = dataset.load(plan_data(args), config.seed)
     assert {name for name, _ in hub} == set(task.rows)
     assert all(str(tmp_path) in file["filename"] for file in sets.train.cache_files)
     assert sets.evaluation is not None and len(sets.evaluation) > 0
     assert sets.evaluation.column_names == sets.train.column_names
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    changes = {"deepspeed": None, "output_dir": str(tmp_path / "out"), "bf16": False, "report_to": "none"}
+    changes["chat_template_path"] = chat_template(config.chat_template_path)
     trainer = SFTTrainer(
         model=LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)),
-        args=replace(config, deepspeed=None, output_dir=str(tmp_path / "out"), bf16=False, report_to="none"),
+        args=replace(config, **changes),
         train_dataset=sets.train,
         eval_dataset=sets.evaluation,
         processing_class=tokenizer,

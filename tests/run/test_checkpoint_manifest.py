@@ -9,7 +9,8 @@ import pytest
 
 from lota.run import checkpoint_manifest
 from lota.run.batch import Batch
-from lota.run.checkpoints import check_request, newest
+from lota.run.checkpoints import newest
+from lota.run.resume import Resume
 
 BATCH = Batch(2, 4, 3)
 
@@ -41,20 +42,20 @@ def test_cut_anywhere(tmp_path: Path) -> None:
             path.write_bytes(data[:cut])
             named = path.relative_to(folder)
             with pytest.raises(ValueError, match=f"is damaged: {named}.*the newest complete one is {good}: give"):
-                check_request("true", tmp_path)
+                Resume.decide("true", tmp_path)
         path.unlink()
         if path.name == checkpoint_manifest.NAME:
-            assert newest(tmp_path) == good and check_request("true", tmp_path) == BATCH
+            assert newest(tmp_path) == good and Resume.decide("true", tmp_path).batch == BATCH
             with pytest.raises(ValueError, match=f"not a complete checkpoint; the newest complete one is {good}"):
-                check_request(str(folder), tmp_path)
+                Resume.decide(str(folder), tmp_path)
         else:
             with pytest.raises(ValueError, match=f"is damaged: {path.relative_to(folder)} is not there"):
-                check_request("true", tmp_path)
+                Resume.decide("true", tmp_path)
         path.write_bytes(data)
     flipped = folder / "rng_state_0.pth"
     flipped.write_bytes(b"r" * 98 + b"q")
     with pytest.raises(ValueError, match=r"rng_state_0\.pth does not have the sha256 that was written"):
-        check_request("true", tmp_path)
+        Resume.decide("true", tmp_path)
 
 
 def test_edited_or_of_another_version(tmp_path: Path) -> None:

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import json
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
 import torch
 
+from lota.data.options import plan_data
 from lota.packaged import DS_CONFIGS
 from lota.run.folder import RunFolder
-from lota.run.options import LotaArguments, PreferenceConfig, RecipeConfig, parse
-from lota.run.validate import validate
+from lota.run.options import PreferenceConfig, RecipeConfig, parse
+from lota.run.resolve import RunOptions, resolve
 from lota.ticket import Mask
 
 BASE = ["--model_name_or_path", "base"]
 
 
-def checked(*argv: str, mask_only: bool = False) -> tuple[LotaArguments, RecipeConfig, list[str]]:
+def checked(*argv: str, mask_only: bool = False) -> tuple[RunOptions, RecipeConfig, list[str]]:
     words = [*BASE, *argv]
     args, config = parse(words)
-    return args, config, validate(args, config, mask_only=mask_only, argv=words)
+    options = resolve(args, config, mask_only=mask_only, argv=words)
+    return options, config, list(options.notes)
+
+
+def opened(*argv: str) -> RunFolder:
+    """The run's folder, as a job opens it."""
+    options, config, _ = checked(*argv)
+    return RunFolder(options, config, plan_data(parse([*BASE, *argv])[0]))
 
 
 def data_file(folder: Path, text: str = '{"prompt": "a", "completion": "b"}\n') -> tuple[str, str]:
@@ -31,9 +40,13 @@ def data_file(folder: Path, text: str = '{"prompt": "a", "completion": "b"}\n') 
 
 
 def test_defaults() -> None:
-    args, config, notes = checked("--learning_rate", "1e-2")
-    assert (args.density, args.budget, args.score, args.calibration_steps) == (0.1, "global", "task_vector", 200)
-    assert args.calibration_learning_rate == pytest.approx(1e-3)  # a tenth of the sparse phase's
+    options, config, notes = checked("--learning_rate", "1e-2")
+    found = options.calibration
+    assert found is not None
+    assert (found.density, found.budget, found.score, found.steps) == (0.1, "global", "task_vector", 200)
+    assert found.learning_rate == pytest.approx(1e-3)  # a tenth of the sparse phase's
+    with pytest.raises(FrozenInstanceError):
+        options.method = "full"  # type: ignore[misc]
     assert (config.weight_decay, str(config.save_strategy.value), config.use_cpu) == (
         0.0,
         "steps",
@@ -44,8 +57,8 @@ def test_defaults() -> None:
 
 def test_rounding_seed() -> None:
     for optim in ("adamw_torch", "adamw_torch_fused", "rmsprop"):
-        args, _, _ = checked("--rounding_seed", "3", "--bf16", "true", "--optim", optim)
-        assert args.rounding_seed == 3
+        options, _, _ = checked("--rounding_seed", "3", "--bf16", "true", "--optim", optim)
+        assert options.rounding_seed == 3
 
 
 @pytest.mark.parametrize(
@@ -90,7 +103,7 @@ def test_refusals(argv: list[str], message: str) -> None:
 def test_a_model_is_needed() -> None:
     args, config = parse([])
     with pytest.raises(ValueError, match="model_name_or_path is missing"):
-        validate(args, config, argv=[])
+        resolve(args, config, argv=[])
 
 
 def test_other_stages_are_refused_with_the_way_out(tmp_path: Path) -> None:
@@ -105,10 +118,12 @@ def test_other_stages_are_refused_with_the_way_out(tmp_path: Path) -> None:
 def test_one_file_serves_every_method_and_the_command_line_wins(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("density: 0.2\nscore: fisher\ncalibration_steps: 3\nlearning_rate: 1.0e-2\n", encoding="utf-8")
-    args, config, notes = checked("--config", str(path), "--density", "0.3")
-    assert (args.density, args.score, config.learning_rate, notes) == (0.3, "fisher", 0.01, [])
-    args, _, notes = checked("--config", str(path), "--method", "full")
-    assert (args.density, args.score, args.calibration_steps) == (None, None, None)
+    options, config, notes = checked("--config", str(path), "--density", "0.3")
+    found = options.calibration
+    assert found is not None
+    assert (found.density, found.score, config.learning_rate, notes) == (0.3, "fisher", 0.01, [])
+    options, _, notes = checked("--config", str(path), "--method", "full")
+    assert options.calibration is None and not options.given.keys() & {"density", "score", "calibration_steps"}
     assert notes == [
         "method: full trains every weight; not used from the config file: density, score, calibration_steps"
     ]
@@ -129,8 +144,8 @@ def test_the_global_batch_given_wins_over_the_files_accumulation(tmp_path: Path)
 
 def test_mask_skips_calibration_and_has_none_to_calibrate(tmp_path: Path) -> None:
     Mask.from_dense({"w": torch.tensor([[True, False]])}).save(tmp_path / "mask")
-    args, _, _ = checked("--mask", str(tmp_path / "mask"))
-    assert (args.density, args.score) == (None, None)
+    options, _, _ = checked("--mask", str(tmp_path / "mask"))
+    assert options.calibration is None
     with pytest.raises(ValueError, match="density would be ignored"):
         checked("--mask", str(tmp_path / "mask"), "--density", "0.1")
     with pytest.raises(ValueError, match="nothing to calibrate"):
@@ -142,10 +157,10 @@ def test_mask_skips_calibration_and_has_none_to_calibrate(tmp_path: Path) -> Non
 
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
-    args, config, _ = checked("--learning_rate", "1e-2", "--output_dir", str(tmp_path / "run"), *data_file(tmp_path))
-    RunFolder(args, config)
+    argv = ["--learning_rate", "1e-2", "--output_dir", str(tmp_path / "run"), *data_file(tmp_path)]
+    opened(*argv)
     with pytest.raises(ValueError, match=r"already holds a run \(config.yaml\).*--resume_from_checkpoint true"):
-        RunFolder(args, config)
+        opened(*argv)
 
 
 @pytest.mark.parametrize(
@@ -161,26 +176,25 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
 )
 def test_a_run_goes_on_with_its_own_options(tmp_path: Path, changed: tuple[str, ...], message: str) -> None:
     argv = ["--learning_rate", "1e-2", "--output_dir", str(tmp_path), *data_file(tmp_path)]
-    args, config, _ = checked(*argv)
-    RunFolder(args, config)
+    opened(*argv)
     changed = tuple(word.replace("HERE", str(tmp_path)) for word in changed)
-    args, config, _ = checked(*argv, "--resume_from_checkpoint", "true", *changed)
+    argv += ["--resume_from_checkpoint", "true", *changed]
     if not message:
-        RunFolder(args, config)
+        opened(*argv)
         return
     with pytest.raises(ValueError, match=message):
-        RunFolder(args, config)
+        opened(*argv)
 
 
 def test_the_resolved_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
     argv = ["--learning_rate", "1e-2", "--density", "0.05", "--max_steps", "7", "--include", "mlp", "--seed", "3"]
     argv += ["--report_to", "tensorboard", "--pad_to_multiple_of", "8", *data_file(tmp_path)]
-    args, config, _ = checked(*argv, "--output_dir", str(tmp_path / "run"))
-    RunFolder(args, config)
+    argv += ["--output_dir", str(tmp_path / "run")]
+    opened(*argv)
+    options, config, _ = checked(*argv)
     words = ["--config", str(tmp_path / "run" / "config.yaml")]
     again, config_again = parse(words)
-    validate(again, config_again, argv=words)
-    assert again == args
+    assert resolve(again, config_again, argv=words) == options
     for name in (
         "learning_rate",
         "max_steps",
@@ -196,8 +210,7 @@ def test_the_resolved_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
 
 
 def test_metrics_go_on_after_a_line_that_was_cut(tmp_path: Path) -> None:
-    args, config, _ = checked("--output_dir", str(tmp_path), *data_file(tmp_path))
-    folder = RunFolder(args, config)
+    folder = opened("--output_dir", str(tmp_path), *data_file(tmp_path))
     for step in (1, 2, 3):
         folder.add_metrics({"phase": "train", "step": step})
     path = tmp_path / "metrics.jsonl"
@@ -214,4 +227,4 @@ def test_shipped_configs_are_accepted(path: Path) -> None:
     words = ["--config", str(path), "--output_dir", "runs/x"]
     args, config = parse(words, PreferenceConfig if path.stem.startswith("dpo_") else RecipeConfig)
     args.model_name_or_path = args.model_name_or_path or "base"
-    assert validate(args, config, argv=words) == []
+    assert resolve(args, config, argv=words).notes == ()

@@ -12,9 +12,11 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from lota.data.options import plan_data
 from lota.run.folder import RunFolder
 from lota.run.options import parse
 from lota.run.report import draw_report, headline, picture, read_series, smoothed
+from lota.run.resolve import resolve
 from lota.ticket import Mask
 from lota.ticket.places import density_grid
 
@@ -91,8 +93,9 @@ def test_the_headline_and_the_average() -> None:
 
 def test_a_picture_that_fails_does_not_cost_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
-    args, config = parse(["--output_dir", str(tmp_path / "run"), "--train_file", str(tmp_path / "rows.jsonl")])
-    folder = RunFolder(args, config)
+    words = ["--model_name_or_path", "base", "--output_dir", str(tmp_path / "run")]
+    args, config = parse([*words, "--train_file", str(tmp_path / "rows.jsonl")])
+    folder = RunFolder(resolve(args, config, argv=words), config, plan_data(args))
     (folder.path / "metrics.jsonl").write_text("not JSON\n", encoding="utf-8")
     folder.draw_report({})
     assert "report.png was not drawn (JSONDecodeError" in capsys.readouterr().out

@@ -10,12 +10,13 @@ import pytest
 import yaml
 
 from lota.data import sources
+from lota.data.options import plan_data
 from lota.packaged import DS_CONFIGS
 from lota.run import checkpoint_manifest
 from lota.run.batch import Batch
 from lota.run.folder import RunFolder
 from lota.run.options import parse
-from lota.run.validate import validate
+from lota.run.resolve import resolve
 
 
 class Job:
@@ -38,8 +39,7 @@ class Job:
         self._patch.delenv("WORLD_SIZE", raising=False)
         args, config = parse(words)
         self._patch.setenv("WORLD_SIZE", str(ranks))
-        validate(args, config, argv=words)
-        return RunFolder(args, config)
+        return RunFolder(resolve(args, config, argv=words), config, plan_data(args))
 
     def go_on(self, ranks: int = 2, **changes: Any) -> RunFolder:
         return self.start(ranks, resume_from_checkpoint="true", **changes)

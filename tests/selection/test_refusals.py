@@ -7,7 +7,8 @@ import struct
 import pytest
 import torch
 
-from lota.selection import select, validate_budget, validate_density
+from lota.choices import check_budget, check_density
+from lota.selection import select
 from tests.selection.oracle import pieces_of
 
 
@@ -28,7 +29,7 @@ from tests.selection.oracle import pieces_of
 )
 def test_density(density, message):
     with pytest.raises(ValueError, match=message):
-        validate_density(density)
+        check_density(density)
     with pytest.raises(ValueError, match=message):
         select(lambda: pytest.fail("validation comes first"), {"w": (4,)}, density=density)
 
@@ -44,16 +45,16 @@ def test_density(density, message):
 )
 def test_budget(budget, message):
     with pytest.raises(ValueError) as raised:
-        validate_budget(budget)
+        check_budget(budget)
     assert message in str(raised.value)
     with pytest.raises(ValueError, match="budget must be"):
         select(lambda: pytest.fail("validation comes first"), {"w": (4,)}, density=0.5, budget=budget)
 
 
 def test_densities_that_are_right_come_back_as_they_are():
-    assert [validate_density(density) for density in (1, 1.0, 0.1, 1e-9)] == [1.0, 1.0, 0.1, 1e-9]
-    assert isinstance(validate_density(1), float)
-    assert [validate_budget(budget) for budget in ("global", "per_tensor")] == ["global", "per_tensor"]
+    assert [check_density(density) for density in (1, 1.0, 0.1, 1e-9)] == [1.0, 1.0, 0.1, 1e-9]
+    assert isinstance(check_density(1), float)
+    assert [check_budget(budget) for budget in ("global", "per_tensor")] == ["global", "per_tensor"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lota.run.options import parse
-from lota.run.validate import validate
+from lota.run.resolve import Adapter, resolve
 from lota.train import lora
 from tests.train import jobs
 from tests.zero.trainers import make_base
@@ -144,7 +144,7 @@ def test_the_merge_rounds_once(is_transposed: bool) -> None:
 def test_refusals(argv: list[str], message: str) -> None:
     words = ["--model_name_or_path", "base", *argv]
     with pytest.raises(ValueError, match=message):
-        validate(*parse(words), argv=words)
+        resolve(*parse(words), argv=words)
 
 
 def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
     words = ["--model_name_or_path", "base", "--method", "lora"]
     with pytest.raises(ValueError, match=r"needs PEFT, which is not installed: pip install 'peft"):
-        validate(*parse(words), argv=words)
+        resolve(*parse(words), argv=words)
 
 
 def test_the_file_of_a_lota_run_serves_and_the_defaults_are_filled_in(tmp_path: Path) -> None:
@@ -160,6 +160,6 @@ def test_the_file_of_a_lota_run_serves_and_the_defaults_are_filled_in(tmp_path: 
     path.write_text(json.dumps({"density": 0.2, "lora_r": 4, "model_name_or_path": "base"}), encoding="utf-8")
     words = ["--config", str(path), "--method", "lora"]
     args, config = parse(words)
-    notes = validate(args, config, argv=words)
-    assert notes == ["method: lora trains an adapter; not used from the config file: density"]
-    assert (args.lora_r, args.lora_alpha, args.lora_target_modules) == (4, 32, ["all-linear"])
+    options = resolve(args, config, argv=words)
+    assert options.notes == ("method: lora trains an adapter; not used from the config file: density",)
+    assert options.adapter == Adapter(4, 32, 0.05, ("all-linear",), False)

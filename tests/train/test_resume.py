@@ -17,7 +17,8 @@ from trl import SFTConfig
 
 from lota.run import checkpoint_manifest
 from lota.run.batch import Batch
-from lota.run.checkpoints import adopt, chosen, newest
+from lota.run.checkpoints import adopt, newest
+from lota.run.resume import Resume
 from lota.train.trainer import WholeCheckpoints
 from tests.train.faults import ENVIRONMENT, kill_rank, start
 from tests.train.test_end_to_end import ROOT, command_of, launch, succeed, world
@@ -123,9 +124,11 @@ def test_the_newest_complete_checkpoint_is_chosen(tmp_path: Path) -> None:
             checkpoint_manifest.write(folder.parent, Batch(1, 1, 2), [checkpoint_manifest.look(folder.parent)])
     (tmp_path / ".checkpoint-200.partial").mkdir()
     assert newest(tmp_path) == tmp_path / "checkpoint-20"
-    assert chosen("true", tmp_path) == tmp_path / "checkpoint-20"
-    assert chosen(str(tmp_path / "checkpoint-4"), tmp_path) == tmp_path / "checkpoint-4"
-    assert chosen(None, tmp_path) is None and chosen("False", tmp_path) is None
+    decided = Resume.decide("true", tmp_path)
+    assert decided.of_phase(tmp_path) == tmp_path / "checkpoint-20"
+    assert decided.of_phase(tmp_path / "calibration") is None and decided.batch == Batch(1, 1, 2)
+    assert Resume.decide(str(tmp_path / "checkpoint-4"), tmp_path).checkpoint == tmp_path / "checkpoint-4"
+    assert Resume.decide(None, tmp_path) == Resume.decide("False", tmp_path) == Resume()
     assert newest(tmp_path / "nowhere") is None
 
 

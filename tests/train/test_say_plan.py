@@ -9,7 +9,7 @@ import pytest
 from transformers import LlamaConfig
 
 from lota.run.options import Config, PreferenceConfig, RecipeConfig, parse
-from lota.run.validate import validate
+from lota.run.resolve import resolve
 from lota.train.say_plan import layout_of, plans_of
 
 NUM_LAYERS, WIDTH, HIDDEN = 2, 32, 56
@@ -27,8 +27,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planned(base: Path, config_class: type[Config], *argv: str):
     words = ["--model_name_or_path", str(base), *argv]
     args, config = parse(words, config_class)
-    validate(args, config, argv=words)
-    return plans_of(args, config, layout_of(args, config))
+    options = resolve(args, config, argv=words)
+    return plans_of(options, config, layout_of(options, config))
 
 
 def test_a_reference_is_one_more_copy_of_the_weights(base: Path) -> None:

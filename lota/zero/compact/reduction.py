@@ -129,7 +129,8 @@ class GradientReducer:
     bucket_numel: most entries in a bucket (a single longer slot still makes a bucket of its own).
     deliver(slots, values): called with consecutive slots and this rank's reduced entries of them, fp32, slot after
     slot.
-    once_per_step: keep the sums of all micro steps and send only in `finish(last=True)`; costs a full set of buckets.
+    reduce_every: "step" keeps the sums of all micro steps and sends only in `finish(last=True)`; it costs a full set of
+    buckets.
     wire: dtype of what is sent, fp32 or bf16.
     by_owner: buckets stand owner after owner from the start and are filled by `add_rows`; else slot after slot, filled
     by `add`, and are packed into that order when they are sent.
@@ -143,12 +144,12 @@ class GradientReducer:
         groups: ReductionGroups,
         deliver: Callable[[range, Tensor], None],
         device: torch.device,
-        once_per_step: bool = False,
+        reduce_every: str = "micro_step",
         wire: torch.dtype = torch.float32,
         by_owner: bool = False,
     ) -> None:
         self.wire, self.by_owner = wire, by_owner
-        self.counts, self.groups, self.device, self.once_per_step = counts, groups, device, once_per_step
+        self.counts, self.groups, self.device, self.reduce_every = counts, groups, device, reduce_every
         self._deliver = deliver
         self._buckets = _plan_buckets(counts, bucket_numel, groups.shard_rank)
         self._bucket_of = {slot: b for b, bucket in enumerate(self._buckets) for slot in bucket.slots}
@@ -169,7 +170,7 @@ class GradientReducer:
         shard groups of one rank, what was filled is all-reduced in place.
         """
         size, world = self.groups.shard_size, self.groups.world_size
-        if self.once_per_step:
+        if self.reduce_every == "step":
             filling = sum(bucket.numel for bucket in self._buckets)
         else:
             filling = max((bucket.numel for bucket in self._buckets), default=0)
@@ -223,7 +224,7 @@ class GradientReducer:
 
     def _arrive(self, slot: int) -> None:
         bucket = self._buckets[self._bucket_of[slot]]
-        if bucket.is_launched or self.once_per_step:
+        if bucket.is_launched or self.reduce_every == "step":
             bucket.arrived.add(slot)
             return
         bucket.arrived.add(slot)
@@ -239,7 +240,7 @@ class GradientReducer:
     def finish(self, last: bool = True) -> None:
         """End of a backward (`last`: of the step's last one): send what is left, with zeros for missing gradients, and
         deliver everything. Collective over all ranks."""
-        if self.once_per_step and not last:
+        if self.reduce_every == "step" and not last:
             return
         unfilled = [index for index in self._turns.order[self._next :] if not self._buckets[index].is_full]
         while self._next < len(self._buckets):
@@ -256,7 +257,7 @@ class GradientReducer:
             bucket.is_launched = False
             bucket.arrived.clear()
         self._next = 0
-        if not self.once_per_step:
+        if self.reduce_every == "micro_step":
             self._turns.learn(unfilled)
         if not self._is_patient and unfilled:
             # It was lost on a bucket that could not come. After a slow network, which comes in the end, it stays.

@@ -23,9 +23,6 @@ from lota.zero.compact.reduction import GradientReducer, ReductionGroups
 from lota.zero.compact.step_gradients import StepGradients
 from lota.zero.compact.whole_gradients import WholeGradients
 
-SCORES = ("task_vector", "gradient", "fisher", "snip", "magnitude", "random")
-GRADIENT_SCORES = ("gradient", "fisher", "snip")
-
 _CHUNK = 1 << 22
 _LOG = logging.getLogger("lota")
 

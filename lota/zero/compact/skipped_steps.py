@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-DEFAULT_MAX_SKIPPED_STEPS = 10
-
 _LOG = logging.getLogger("lota")
-
-
-def check_max_skipped_steps(value: Any) -> int:
-    """ValueError for anything but a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(
-            f"max_skipped_steps must be an integer of at least 1, got {value!r}: so many steps in a row may be skipped "
-            "because of gradients that are not finite, the last of which ends the run"
-        )
-    return value
 
 
 class SkippedSteps:

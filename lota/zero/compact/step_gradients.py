@@ -56,7 +56,7 @@ class StepGradients:
         return True
 
     def _reduce(self, last: bool) -> None:
-        is_due = last or self.reducer is None or not self.reducer.once_per_step
+        is_due = last or self.reducer is None or self.reducer.reduce_every == "micro_step"
         self._is_unsent = not is_due
         if self.reducer is not None:
             self.reducer.finish(last)

@@ -39,10 +39,10 @@ class TensorGroup:
 class SparseTraining:
     """Compact state of all tensors of a mask, fed with dense gradients one tensor at a time. The mask is not kept.
 
-    device: where gradients appear. bucket_numel: most entries of a reduction bucket. once_per_step: reduce once per
-    step instead of once per micro step. reduces_whole: reduce whole gradients and compact what this rank owns as it
-    arrives, for which it needs only its share of the index; not together with once_per_step, which would keep whole
-    gradients. wire: dtype in which gradients are sent, fp32 or bf16.
+    device: where gradients appear. bucket_numel: most entries of a reduction bucket. reduce_every: micro_step or step.
+    gradient_reduction: compact, or dense, which reduces whole gradients and compacts what this rank owns as it arrives,
+    for which it needs only its share of the index; not every step, which would keep whole gradients. wire: dtype in
+    which gradients are sent, fp32 or bf16.
     """
 
     def __init__(
@@ -54,18 +54,18 @@ class SparseTraining:
         groups: ReductionGroups,
         device: torch.device,
         bucket_numel: int,
-        once_per_step: bool,
-        reduces_whole: bool = False,
+        reduce_every: str,
+        gradient_reduction: str = "compact",
         wire: torch.dtype = torch.float32,
     ) -> None:
-        assert not (once_per_step and reduces_whole)
+        assert not (reduce_every == "step" and gradient_reduction == "dense")
         self.update, self.groups, self.device = update, groups, device
         self.tensor_groups = tuple(tensor_groups)
         origins: dict[str, int] = {}
         if update.rounding_seed is not None:
             self.tensor_groups = _one_by_one(self.tensor_groups, groups.shard_size)
             origins = _origins(mask, groups.shard_rank, groups.shard_size)
-        place_of_index = None if reduces_whole else device
+        place_of_index = None if gradient_reduction == "dense" else device
         self.states = [
             CompactState(
                 *(g.names, g.numels, g.weights, mask.chunks, groups.shard_rank, groups.shard_size, place_of_index),
@@ -84,7 +84,7 @@ class SparseTraining:
         self._order = list(self._place.values())
         self.wire = wire
         self._whole: WholeGradients | None = None
-        if reduces_whole and not groups.is_one_rank:
+        if gradient_reduction == "dense" and not groups.is_one_rank:
             self._whole = WholeGradients([slot.numel for _, slot in self._order], groups.shard_size, bucket_numel)
             self._entries = self._entries_of_stretches()
         self._reducer: GradientReducer | None = None
@@ -95,9 +95,9 @@ class SparseTraining:
                 groups=groups,
                 deliver=self._deliver if self._whole is None else self._deliver_whole,
                 device=device,
-                once_per_step=once_per_step,
+                reduce_every=reduce_every,
                 wire=wire,
-                by_owner=reduces_whole,
+                by_owner=gradient_reduction == "dense",
             )
         self._gradients = StepGradients(self._reducer)
         self.num_steps = 0

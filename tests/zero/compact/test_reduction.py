@@ -26,7 +26,7 @@ def _reduce(
     counts: list[list[int]],
     size: int,
     bucket_numel: int,
-    once_per_step: bool,
+    reduce_every: str,
     seed: int,
     wire: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def _reduce(
         groups=groups,
         deliver=deliver,
         device=torch.device("cpu"),
-        once_per_step=once_per_step,
+        reduce_every=reduce_every,
         wire=wire,
     )
     expected = [torch.zeros(sum(row)) for row in counts]
@@ -72,18 +72,18 @@ def _counts(size: int, seed: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("world", "size"), [(1, 1), (2, 2), (2, 1), (4, 4), (4, 2)])
-@pytest.mark.parametrize("once_per_step", [False, True])
-def test_mean_over_ranks(ranks, world, size, once_per_step):
+@pytest.mark.parametrize("reduce_every", ["micro_step", "step"])
+def test_mean_over_ranks(ranks, world, size, reduce_every):
     for bucket_numel, seed in itertools.product([1, 60, 10_000], [0, 1]):
-        for result in ranks(world).run(_reduce, _counts(size, seed), size, bucket_numel, once_per_step, seed):
+        for result in ranks(world).run(_reduce, _counts(size, seed), size, bucket_numel, reduce_every, seed):
             # small integers over a power of two: exact in fp32
             assert torch.equal(result["got"], result["expected"])
 
 
 @pytest.mark.parametrize(("world", "size"), [(1, 1), (2, 2), (4, 2), (4, 1)])
-@pytest.mark.parametrize("once_per_step", [False, True])
-def test_bf16_on_the_wire_halves_bytes_and_rounds_what_is_sent(ranks, world, size, once_per_step):
-    arguments = (_counts(size, 0), size, 60, once_per_step, 0)
+@pytest.mark.parametrize("reduce_every", ["micro_step", "step"])
+def test_bf16_on_the_wire_halves_bytes_and_rounds_what_is_sent(ranks, world, size, reduce_every):
+    arguments = (_counts(size, 0), size, 60, reduce_every, 0)
     exact = ranks(world).run(_reduce, *arguments)
     rounded = ranks(world).run(_reduce, *arguments, torch.bfloat16)
     for one, other in zip(exact, rounded, strict=True):
@@ -210,7 +210,7 @@ def _whole(numels: list[int], size: int, bucket_numel: int, wire: torch.dtype, p
         groups=groups,
         deliver=deliver,
         device=torch.device("cpu"),
-        once_per_step=True,
+        reduce_every="step",
         wire=wire,
         by_owner=True,
     )

@@ -1,43 +1,93 @@
-"""The checks of a run's options, before anything expensive happens, and the defaults that depend on other options."""
+"""Options become the frozen settings of a run: every default filled in, every value checked, before anything runs."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
-from lota.blocks import GRADIENT_REDUCTIONS
+from lota import choices
 from lota.kernels import using
-from lota.messages import did_you_mean
 from lota.ranks.world import world_size
 from lota.run import ds_config
 from lota.run.batch import settle
-from lota.run.options import (
-    DEFAULT_CALIBRATION_STEPS,
-    METHODS,
-    SCORES,
-    STATIC_SCORES,
-    Config,
-    LotaArguments,
-    keys_of_config,
-    names_on_command_line,
-)
-from lota.selection import validate_budget, validate_density
+from lota.run.options import Config, LotaArguments, PreferenceConfig, keys_of_config, names_on_command_line
 from lota.ticket import Mask
-from lota.zero.compact.skipped_steps import check_max_skipped_steps
-from lota.zero.training import check_rounding_seed
+from lota.zero.compact.groups import check_shard_group_size
 
 
-def validate(
+@dataclass(frozen=True)
+class Calibration:
+    """How the mask is found. learning_rate: of score task_vector, which takes optimizer steps; None for the others."""
+
+    density: float
+    budget: str
+    score: str
+    steps: int
+    learning_rate: float | None
+    protect: tuple[str, ...]
+    include: list[str] | None
+    exclude: list[str] | None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter, by PEFT's names."""
+
+    r: int
+    lora_alpha: int
+    lora_dropout: float
+    target_modules: tuple[str, ...]
+    use_rslora: bool
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run is, besides TRL's configuration and its rows; settled once, and read by all that comes after.
+
+    calibration: None where a mask is given, and for the methods without one. adapter: of method lora. given: the
+    options as config.yaml holds them. notes: for the user, options of the config file that this method does not use.
+    """
+
+    method: str
+    model: str
+    revision: str
+    attn_implementation: str | None
+    is_preference: bool
+    calibration: Calibration | None
+    mask: str | None
+    dense: list[str] | None
+    shard_group_size: str | None
+    gradient_reduction: str
+    kernels: str
+    max_skipped_steps: int
+    rounding_seed: int | None
+    ticket_dtype: str | None
+    adapter: Adapter | None
+    merged: bool
+    given: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the run ends in a ticket, or a mask."""
+        return self.method == "lota"
+
+
+def resolve(
     args: LotaArguments, config: Config, *, mask_only: bool = False, argv: list[str] | None = None
-) -> list[str]:
-    """Refuse what cannot work and fill in the defaults of `args`, in place. Every rank, before any collective.
+) -> RunOptions:
+    """Check what was given and fill in what was not; ValueError where it cannot work. Every rank, before collectives.
 
-    Returns notes for the user: options of the config file that this method does not use. The same on the command
-    line is an error, so that one file serves `--method lota`, `--method full` and `--mask PATH`.
+    An option of the config file that this method does not use becomes a note. The same on the command line is an error,
+    so that one file serves `--method lota`, `--method full` and `--mask PATH`. `config` gets its
+    gradient_accumulation_steps where global_batch_size asks for it.
     """
     argv = sys.argv[1:] if argv is None else argv
+    args = copy.copy(args)
     unused = _Unused(args, argv)
     if not args.model_name_or_path:
         raise ValueError("model_name_or_path is missing: give a folder or a name on the hub")
@@ -78,12 +128,13 @@ def validate(
             unused.notes.append(note)
             in_file = set()
         settle(config, args.global_batch_size, world_size(), unused.on_command_line | in_file)
-    _choice("method", args.method, METHODS)
+    choices.check_choice("method", args.method, choices.METHODS)
     ds_config.check(config, is_sparse=args.method == "lota" and not mask_only)
     if args.ticket_dtype not in (None, "float32"):
         raise ValueError(f"ticket_dtype must be float32 or left out (the weights' own), got {args.ticket_dtype!r}")
-    check_max_skipped_steps(args.max_skipped_steps)
-    _choice("gradient_reduction", args.gradient_reduction, GRADIENT_REDUCTIONS)
+    choices.check_max_skipped_steps(args.max_skipped_steps)
+    choices.check_choice("gradient_reduction", args.gradient_reduction, choices.GRADIENT_REDUCTIONS)
+    check_shard_group_size(args.shard_group_size, world_size())
     with using(args.kernels, config.device):
         pass  # refused now, not after calibration
     if args.method != "lora":
@@ -94,35 +145,53 @@ def validate(
         what = "every weight" if args.method == "full" else "an adapter"
         ours = (*_CALIBRATION, "mask", "dense", *_SPARSE, "max_skipped_steps")
         unused.drop(f"method: {args.method} trains {what}", ours)
-        if args.method == "lora":
-            _fill_lora(args)
     elif args.mask is not None:
         if mask_only:
             raise ValueError("mask is given, so there is nothing to calibrate; remove it")
         unused.drop("mask skips calibration", _CALIBRATION)
         Mask.load(args.mask)
-    else:
-        _fill_calibration(args, config, unused)
+    calibration = adapter = None
+    if args.method == "lora":
+        adapter = _adapter(args)
+    elif args.method == "lota" and args.mask is None:
+        calibration = _calibration(args, config, unused)
     if mask_only:
         unused.drop("the run ends with the mask", (*_SPARSE, "merged"))
     _check_rounding(args.rounding_seed, config)
     for path in args.protect or ():
         Mask.load(path)
-    return unused.notes
+    return RunOptions(
+        method=args.method,
+        model=args.model_name_or_path,
+        revision=args.model_revision,
+        attn_implementation=args.attn_implementation,
+        is_preference=isinstance(config, PreferenceConfig),
+        calibration=calibration,
+        mask=args.mask,
+        dense=args.dense,
+        shard_group_size=args.shard_group_size,
+        gradient_reduction=args.gradient_reduction,
+        kernels=args.kernels,
+        max_skipped_steps=args.max_skipped_steps,
+        rounding_seed=args.rounding_seed,
+        ticket_dtype=args.ticket_dtype,
+        adapter=adapter,
+        merged=args.merged,
+        given={name: value for name, value in asdict(args).items() if value is not None},
+        notes=tuple(unused.notes),
+    )
 
 
 _CALIBRATION = (
     "density", "budget", "score", "calibration_steps", "calibration_learning_rate", "protect", "include", "exclude",
 )  # fmt: skip
 
-
 _SPARSE = ("shard_group_size", "gradient_reduction", "kernels", "rounding_seed", "ticket_dtype")
-
 
 _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
 
 
-def _fill_lora(args: LotaArguments) -> None:
+def _adapter(args: LotaArguments) -> Adapter:
     """TRL's defaults, on every linear layer: LoTA may choose from all of them, too."""
     if importlib.util.find_spec("peft") is None:
         raise ValueError("method: lora needs PEFT, which is not installed: pip install 'peft>=0.19'")
@@ -136,28 +205,39 @@ def _fill_lora(args: LotaArguments) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
     if not 0 <= args.lora_dropout < 1:
         raise ValueError(f"lora_dropout must be in [0, 1), got {args.lora_dropout}")
+    return Adapter(
+        args.lora_r, args.lora_alpha, args.lora_dropout, tuple(args.lora_target_modules), args.use_rslora
+    )
 
 
-def _fill_calibration(args: LotaArguments, config: Config, unused: _Unused) -> None:
-    args.density = 0.1 if args.density is None else args.density
-    args.budget = args.budget or "global"
-    args.score = args.score or "task_vector"
-    validate_density(args.density)
-    _choice("score", args.score, SCORES)
-    validate_budget(args.budget)
-    if args.score in STATIC_SCORES:
+def _calibration(args: LotaArguments, config: Config, unused: _Unused) -> Calibration:
+    """Fill in `args`, which config.yaml is made from, and check them."""
+    args.density = choices.check_density(choices.DENSITY if args.density is None else args.density)
+    args.budget = choices.check_budget(args.budget or choices.BUDGET)
+    args.score = choices.check_choice("score", args.score or choices.SCORE, choices.SCORES)
+    if args.score in choices.STATIC_SCORES:
         unused.drop(f"score: {args.score} looks at the weights only", ("calibration_steps",))
         args.calibration_steps = 1
     elif args.calibration_steps is None:
-        args.calibration_steps = DEFAULT_CALIBRATION_STEPS
+        args.calibration_steps = choices.CALIBRATION_STEPS
     if args.calibration_steps < 1:
         raise ValueError(f"calibration_steps must be at least 1, got {args.calibration_steps}")
     if args.score != "task_vector":
         unused.drop(f"score: {args.score} takes no optimizer step", ("calibration_learning_rate",))
     elif args.calibration_learning_rate is None:
-        args.calibration_learning_rate = config.learning_rate / 10
+        args.calibration_learning_rate = config.learning_rate / choices.CALIBRATION_RATE_DIVISOR
     if args.calibration_learning_rate is not None and not args.calibration_learning_rate > 0:
         raise ValueError(f"calibration_learning_rate must be above 0, got {args.calibration_learning_rate}")
+    return Calibration(
+        args.density,
+        args.budget,
+        args.score,
+        args.calibration_steps,
+        args.calibration_learning_rate,
+        tuple(args.protect or ()),
+        args.include,
+        args.exclude,
+    )
 
 
 _WITH_ROUNDING = ("adam", "adamw", "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "rmsprop")
@@ -165,7 +245,7 @@ _WITH_ROUNDING = ("adam", "adamw", "adamw_torch", "adamw_torch_fused", "adamw_ap
 
 def _check_rounding(seed: int | None, config: Config) -> None:
     """What sparse training would refuse, before calibration."""
-    if check_rounding_seed(seed) is None:
+    if choices.check_rounding_seed(seed) is None:
         return
     if not config.bf16:
         raise ValueError(
@@ -179,12 +259,6 @@ def _check_rounding(seed: int | None, config: Config) -> None:
             f"rounding_seed: {seed} rounds stochastically in the kernels of AdamW and RMSprop, and the "
             f"optimizer is {chosen}: use one of those, or remove it"
         )
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        hint = did_you_mean(value, choices)
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
 class _Unused:

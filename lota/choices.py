@@ -1,0 +1,84 @@
+"""The choices and defaults of a run, and the check of each: in one place, and without torch, for every front door."""
+
+from __future__ import annotations
+
+import difflib
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+from lota.messages import did_you_mean
+
+METHODS = ("lota", "full", "lora")
+SCORES = ("task_vector", "gradient", "fisher", "snip", "magnitude", "random")
+GRADIENT_SCORES = ("gradient", "fisher", "snip")
+"""Scores that sum over backwards and take no optimizer step."""
+STATIC_SCORES = ("magnitude", "random")
+"""Scores that look at the weights only."""
+BUDGETS = ("global", "per_tensor")
+GRADIENT_REDUCTIONS = ("auto", "compact", "dense")
+REDUCE_EVERY = ("micro_step", "step")
+KERNELS = ("auto", "torch", "triton")
+
+DENSITY = 0.1
+SCORE = "task_vector"
+BUDGET = "global"
+CALIBRATION_STEPS = 200
+CALIBRATION_RATE_DIVISOR = 10
+"""Calibration trains at the run's learning rate divided by this."""
+MAX_SKIPPED_STEPS = 10
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """`value` if it is one of `choices`; ValueError with the nearest of them otherwise."""
+    if value in choices:
+        return str(value)
+    raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}" + did_you_mean(value, choices))
+
+
+def check_density(density: object) -> float:
+    """`density` as a float in (0, 1]; ValueError with the likely meaning otherwise (90 -> 0.9)."""
+    if isinstance(density, bool) or not isinstance(density, numbers.Real):
+        raise ValueError(f"density must be a number in (0, 1], got {density!r}.")
+    density = float(density)
+    if 0 < density <= 1:
+        return density
+    meant = f" Did you mean {density / 100:g}?" if 1 < density <= 100 else ""
+    raise ValueError(f"density must be in (0, 1], got {density:g}.{meant}")
+
+
+def check_budget(budget: object) -> str:
+    """`budget` if it is "global" or "per_tensor"; ValueError with the closest of them otherwise."""
+    if budget in BUDGETS:
+        return str(budget)
+    close = difflib.get_close_matches(str(budget).lower().replace("-", "_"), BUDGETS, n=1, cutoff=0.5)
+    meant = f' Did you mean "{close[0]}"?' if close else ""
+    raise ValueError(f'budget must be "global" or "per_tensor", got {budget!r}.{meant}')
+
+
+def check_reductions(gradient_reduction: str, reduce_every: str) -> None:
+    """ValueError for an unknown choice, and for two that do not go together."""
+    check_choice("gradient_reduction", gradient_reduction, GRADIENT_REDUCTIONS)
+    check_choice("reduce_every", reduce_every, REDUCE_EVERY)
+    if gradient_reduction == "dense" and reduce_every == "step":
+        raise ValueError(
+            "reduce_every='step' with gradient_reduction='dense' would keep whole gradients on every rank until the "
+            "end of the step; use reduce_every='micro_step', or gradient_reduction='compact'"
+        )
+
+
+def check_max_skipped_steps(value: Any) -> int:
+    """ValueError for anything but a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"max_skipped_steps must be an integer of at least 1, got {value!r}: the run stops after this many "
+            "consecutive steps with non-finite gradients"
+        )
+    return value
+
+
+def check_rounding_seed(seed: Any) -> int | None:
+    """ValueError for anything but None or a seed of stochastic rounding."""
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 63):
+        raise ValueError(f"rounding_seed must be an integer in [0, 2**63), or None to round to nearest, got {seed!r}")
+    return seed
