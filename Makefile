@@ -37,11 +37,11 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet "torch>=2.9,<2.14" "numpy>=2.0"
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation "deepspeed~=0.19.8"
-	$(BIN)/python -m pip install --quiet -e ".[test,peft,eval]"
+	$(BIN)/python -m pip install --quiet -e ".[test]"
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(RUN) $(BIN)/python -m lota.demo.run
+	$(RUN) $(BIN)/lota demo
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -34,7 +34,13 @@ def __getattr__(name: str) -> Any:
         return import_module(f"lota.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'lota' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("deepspeed", "transformers"):
+            raise
+        text = f"lota.{name} needs {error.name}, which is not installed: pip install 'lota[train]'"
+        raise ModuleNotFoundError(text, name=error.name) from None
 
 
 def __dir__() -> list[str]:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import yaml
-
 from lota.messages import did_you_mean
 
 FORMS = {
@@ -90,6 +88,8 @@ class DataArguments(Source):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.mixture, str):
+            import yaml  # late: these options are declared, for --help, where only the core is installed
+
             self.mixture = yaml.safe_load(self.mixture)
 
 

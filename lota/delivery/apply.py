@@ -135,7 +135,7 @@ def _check_complete(folder: Path, tuned: Path) -> None:
     saved there since, and transformers would fill the base with random numbers."""
     try:
         model = build_on_meta(folder)
-    except (ValueError, OSError):
+    except (ValueError, OSError, ModuleNotFoundError):
         return
     missing = missing_names(model, tensor_files(folder).keys())
     if missing:
@@ -179,6 +179,8 @@ def _aliases(source: Path, names: Collection[str], homes: Mapping[str, Path]) ->
     them where both are equal, and keeps them apart where they are not."""
     try:
         tied = tied_names(build_on_meta(source))
+    except ModuleNotFoundError:  # the core alone: what nearly all tied models call the two
+        tied = _tied_by_name(source)
     except (ValueError, OSError):  # no configuration that transformers knows: names are the files' alone
         return {}
     pairs = {
@@ -188,6 +190,13 @@ def _aliases(source: Path, names: Collection[str], homes: Mapping[str, Path]) ->
         if alias != name and alias in homes and alias not in names
     }
     return {alias: name for alias, name in pairs.items() if _are_equal(homes, alias, name)}
+
+
+def _tied_by_name(source: Path) -> dict[str, list[str]]:
+    if _config(source).get("tie_word_embeddings") is False:
+        return {}
+    embeddings = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
+    return {name: [name, "lm_head.weight", "embed_out.weight"] for name in embeddings}
 
 
 def _are_equal(homes: Mapping[str, Path], one: str, other: str) -> bool:

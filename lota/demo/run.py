@@ -1,6 +1,6 @@
 """The demo: make a small base model, fine-tune it whole and as a ticket on two ranks, and compare what came out.
 
-    make demo                                     or: python -m lota.demo.run --output_dir runs/demo
+    lota demo                    from a checkout: make demo
 
 Needs no network and no GPU. The base model (a small Llama trained on the spot, see lota/demo/world.py) is kept in
 ~/.cache/lota; everything else goes to output_dir, which is emptied first when it holds an earlier demo.
@@ -8,7 +8,6 @@ Needs no network and no GPU. The base model (a small Llama trained on the spot, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -52,10 +51,9 @@ class Outcome:
     num_changed_outside: int
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs") / "demo")
-    output = parser.parse_args().output_dir.resolve()
+def demo(output: Path) -> None:
+    """All of it; `output` is emptied first where it holds an earlier demo."""
+    output = output.resolve()
     started = time.monotonic()
     disable_progress_bar()
     _empty(output)
@@ -204,7 +202,3 @@ def _empty(output: Path) -> None:
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     (output / MARKER).touch()
-
-
-if __name__ == "__main__":
-    main()

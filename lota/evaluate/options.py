@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from trl import TrlParser
 
-from lota.data.options import SourceArguments
 from lota.data.tokenizer import chat_template
+from lota.evaluate.arguments import EvaluateArguments
 from lota.evaluate.generate import Decoding
 from lota.evaluate.lm_eval_tasks import TaskSettings
 from lota.evaluate.metrics import TEXT_METRICS, check_metrics
@@ -19,36 +19,6 @@ from lota.ranks.world import world_size
 from lota.run.options import LotaArguments, RecipeConfig, keys_of_config, names_on_command_line, refuse_unknown
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass
-class EvaluateArguments(SourceArguments):
-    """What to score, on what, by which metrics. The data options are those of the training recipes."""
-
-    tickets: list[str] | None = field(default=None, metadata={"help": "Tickets to score, each alone."})
-    together: bool = field(default=False, metadata={"help": "All tickets at once instead; they must share no entry."})
-    no_base: bool = field(default=False, metadata={"help": "Leave the base itself out."})
-    metrics: list[str] = field(
-        default_factory=list, metadata={"help": "For the rows: loss, exact, number, rouge (default: loss)."}
-    )
-    tasks: list[str] = field(default_factory=list, metadata={"help": "Tasks of lm-eval."})
-    output: str = field(default="results.json", metadata={"help": "Results file; one that is there is continued."})
-    predictions: str | None = field(default=None, metadata={"help": "Folder for what the models wrote, .jsonl each."})
-    dtype: str = field(default="auto", metadata={"help": "auto: the tickets' base's, else the checkpoint's."})
-    device_map: str | None = field(default=None, metadata={"help": "auto spreads a model over this process's GPUs."})
-    batch_size: int = field(default=8, metadata={"help": "Rows in one forward pass."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first rows, of the data and of every task."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer that is written."})
-    temperature: float = field(default=0.0, metadata={"help": "0 decodes greedily, above it samples."})
-    stop: list[str] | None = field(default=None, metadata={"help": "Texts that end an answer, beside the end token."})
-    # The Trainer's default, so that rows set aside by it are the same ones.
-    seed: int = field(default=42, metadata={"help": "For rows set aside, sampling, lm-eval's choice of examples."})
-    num_fewshot: int | None = field(default=None, metadata={"help": "Examples in a task's prompt (the task's own)."})
-    apply_chat_template: bool = field(default=False, metadata={"help": "Put tasks' prompts into the chat template."})
-    chat_template_path: str | None = field(
-        default=None, metadata={"help": "A .jinja file in place of the tokenizer's chat template, as in training."}
-    )
-    tasks_path: str | None = field(default=None, metadata={"help": "Folder with task files of your own for lm-eval."})
 
 
 def parse(argv: list[str] | None = None) -> EvaluateArguments:

@@ -91,5 +91,3 @@ def leave(number: int, when: str) -> None:
         "The same command with --resume_from_checkpoint true goes on from here"
     )
     raise Preempted
-
-

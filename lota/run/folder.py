@@ -124,7 +124,7 @@ class RunFolder:
 
                 draw_report(self.path, summary)
             except Exception as error:  # noqa: BLE001 (said, and the run goes on)
-                say(f"report.png was not drawn ({error!r}); try again: python lota/run/report.py {self.path}")
+                say(f"report.png was not drawn ({error!r}); try again: lota report {self.path}")
 
     def keep_metrics(self, phase: str, last_step: int) -> list[dict[str, Any]]:
         """Cut from metrics.jsonl what a phase logged after `last_step`; return what it logged until then.
@@ -206,12 +206,6 @@ def versions() -> dict[str, str]:
     """What ran."""
     modules = (torch, deepspeed, transformers, trl, accelerate)
     return {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules}
-
-
-
-
-
-
 
 
 def _update(path: Path, text: str) -> None:

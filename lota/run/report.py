@@ -8,7 +8,6 @@ again, anywhere; what is not there is left out. train_lota.py draws it at the en
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -217,21 +216,3 @@ def smoothed(values: list[float]) -> list[float]:
 
 def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="output_dir of a run")
-    folder = parser.parse_args().folder
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: expected the output_dir of a run, got no folder")
-    path = folder / "summary.json"
-    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    print(draw_report(folder, summary))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"[lota] {error}")

@@ -167,12 +167,6 @@ class Phase:
             torch.accelerator.memory.empty_cache()
 
 
-
-
-
-
-
-
 def load_model(options: RunOptions, config: Config) -> Any:
     """The base as it is trained, sharded at once where a ZeRO-3 configuration was registered."""
     model = AutoModelForCausalLM.from_pretrained(
@@ -226,9 +220,3 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     started = time.monotonic()
     yield
     seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - started, 2)
-
-
-
-
-
-

@@ -151,14 +151,14 @@ def test_a_head_on_any_base_is_delivered(ranks, tmp_path: Path, kind: str) -> No
     assert names["model"].config.num_labels == LABELS
     assert torch.equal(logits_of(names["model"]), expected)
 
-    of_base = {name for name in ticket.names if ticket.mask.base[name].rows != 0}
-    if of_base <= load_checkpoint(base).keys():
-        revert_checkpoint(tmp_path / "merged", [ticket], tmp_path / "again")
-        assert same(load_checkpoint(tmp_path / "again"), load_checkpoint(base))
-        assert AutoConfig.from_pretrained(tmp_path / "again").architectures == [type(MAKE[kind]()).__name__]
-    else:  # transformers wrote the merged folder, with a head that it cannot be without
+    if kind in ("mixtral", "gpt2"):  # transformers renamed the merged folder, and a head cannot be cut off there
         with pytest.raises(ValueError, match="whose names are not the model's: take the base"):
             revert_checkpoint(tmp_path / "merged", [ticket], tmp_path / "again")
+        return
+    revert_checkpoint(tmp_path / "merged", [ticket], tmp_path / "again")
+    assert AutoConfig.from_pretrained(tmp_path / "again").architectures == [type(MAKE[kind]()).__name__]
+    again, before = (type(MAKE[kind]()).from_pretrained(folder).state_dict() for folder in (tmp_path / "again", base))
+    assert same(again, before)
 
 
 def test_the_adapters_card_loads_a_head(ranks, tmp_path: Path) -> None:

@@ -108,7 +108,6 @@ def _trainer(kind: str, folder: Path, steps: int, checkpointing: str | None, **c
     """A trainer with a freshly loaded model, as a script would build it. changes: of its arguments."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -123,10 +122,14 @@ def _trainer(kind: str, folder: Path, steps: int, checkpointing: str | None, **c
         examples = [{"input_ids": i, "labels": i} for i in ids]
         return Trainer(model, arguments, train_dataset=examples, eval_dataset=examples[:8])
     if kind == "sft":
+        from trl import SFTConfig, SFTTrainer
+
         arguments = SFTConfig(**settings, max_length=32)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         data = Dataset.from_list([{"prompt": row["prompt"], "completion": row["completion"]} for row in rows])
         return SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+    from trl import DPOConfig, DPOTrainer
+
     arguments = DPOConfig(**settings, max_length=32)
     model, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16) for _ in range(2))
     data = Dataset.from_list([{"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["other"]} for r in rows])

@@ -1,0 +1,124 @@
+"""`lota train`, `lota dpo`, `lota calibrate`, `lota evaluate`: the jobs, on this process or as a launcher's ranks.
+
+Their options are read by the job itself, from the command line and from `--config FILE`, because TRL's belong to them;
+the parsers here only explain and complete them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from lota.cli.parsers import add_command
+
+_LAUNCH = """
+On one GPU or CPU it runs as it is. On several, start it as every launcher starts a module:
+
+  deepspeed --module lota {name} --config FILE                     all GPUs of this machine
+  torchrun --nproc-per-node 8 -m lota {name} --config FILE
+  deepspeed --hostfile hosts --module lota {name} --config FILE --shard_group_size node     several machines"""
+
+
+def add_parsers(commands: Any) -> dict[str, Callable[[list[str]], None]]:
+    """Declares the jobs; by name, what runs each with the words after its name."""
+    from lota.run.arguments import LotaArguments
+
+    training = "Options go into the YAML file or onto the command line, which wins: these, and all of TRL's {trl}."
+    declared = (
+        ("train", _train, LotaArguments, "fine-tune a model as a ticket", training.format(trl="SFTConfig")),
+        ("dpo", _dpo, LotaArguments, "the same on preferences (DPO)", training.format(trl="DPOConfig")),
+        ("calibrate", _calibrate, LotaArguments, "stop at the mask", training.format(trl="SFTConfig")),
+    )
+    for name, _, arguments, summary, text in declared:
+        parser = add_command(
+            commands,
+            name,
+            _unreachable,
+            summary=summary,
+            text=f"{summary[0].upper()}{summary[1:]}. {text}\n{_LAUNCH.format(name=name)}",
+            examples=f"lota config llama31_8b_gsm8k > run.yaml\nlota {name} --config run.yaml --output_dir out",
+        )
+        parser.add_argument("--config", metavar="FILE", help="YAML file with options")
+        parser.add_argument("--output_dir", help="folder of the run")
+        add_fields(parser, arguments)
+    evaluate = add_command(
+        commands,
+        "evaluate",
+        _unreachable,
+        summary="score a base and tickets on it",
+        text="""
+Score a base model and tickets on it, on local rows and on lm-eval's tasks, with one load of the model. Takes the
+options of a training run's data, from its --config file too. docs/evaluation.md defines the metrics.""",
+        examples="""
+lota evaluate --config run.yaml --tickets runs/mine/ticket --metrics loss exact --output results.json""",
+    )
+    from lota.evaluate.arguments import EvaluateArguments
+
+    evaluate.add_argument("--config", metavar="FILE", help="YAML file with options, which may be a training run's")
+    add_fields(evaluate, EvaluateArguments)
+    return {"train": _train, "dpo": _dpo, "calibrate": _calibrate, "evaluate": _evaluate}
+
+
+def add_fields(parser: argparse.ArgumentParser, arguments: type[Any]) -> None:
+    """An option for every field of a dataclass of options, with its help text."""
+    for entry in fields(arguments):
+        parser.add_argument(f"--{entry.name}", metavar="VALUE", help=help_of(entry).replace("%", "%%"))
+
+
+def help_of(entry: Any) -> str:
+    """The help text of a field of a dataclass of options, with its default where the text does not say it."""
+    text = str(entry.metadata.get("help", ""))
+    says_it = entry.default in (None, MISSING) or text.rstrip(".").endswith(")")
+    return text if says_it else f"{text.rstrip('.')} ({entry.default})."
+
+
+def _unreachable(args: argparse.Namespace) -> None:
+    raise AssertionError("a job reads its own command line")
+
+
+def _run(name: str, argv: list[str], job: Callable[[list[str]], None], advice: str) -> None:
+    from lota.ranks.process import run_job
+
+    sys.argv = [f"lota {name}", *argv]
+    run_job(lambda: job(argv), advice=advice)
+
+
+def _train(argv: list[str]) -> None:
+    from lota.ranks.process import RESUME
+    from lota.train.job import main
+
+    _run("train", argv, main, RESUME)
+
+
+def _dpo(argv: list[str]) -> None:
+    from lota.ranks.process import RESUME
+    from lota.train.job import main_dpo
+
+    _run("dpo", argv, main_dpo, RESUME)
+
+
+def _calibrate(argv: list[str]) -> None:
+    from lota.ranks.process import RESUME
+    from lota.train.job import main_mask
+
+    _run("calibrate", argv, main_mask, RESUME)
+
+
+def _evaluate(argv: list[str]) -> None:
+    from lota.evaluate.run import main
+
+    _run("evaluate", argv, main, "")
+
+
+def job_of(argv: Sequence[str], jobs: dict[str, Any]) -> tuple[str, list[str]] | None:
+    """The job that a command line names, and its own words; None for other commands, and where help is asked for.
+
+    DeepSpeed's launcher puts its --local_rank in front of all.
+    """
+    words = [word for word in argv if not word.startswith("--local_rank")]
+    if not words or words[0] not in jobs or {"-h", "--help"} & set(words[1:]):
+        return None
+    return words[0], words[1:]

@@ -1,0 +1,67 @@
+"""The options of a run that are not TRL's: declared without torch, for `--help`, completion and docs/options.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lota import choices
+from lota.data.options import SourceArguments
+
+
+@dataclass
+class LotaArguments(SourceArguments):
+    """Data, model, and what is LoTA's own. None means: not given, the default in the help applies."""
+
+    method: str = field(
+        default="lota",
+        metadata={"help": "lota (calibrate, select, train a ticket), or full (all weights) or lora for comparison."},
+    )
+    density: float | None = field(
+        default=None, metadata={"help": f"Fraction of the eligible weights to train ({choices.DENSITY})."}
+    )
+    budget: str | None = field(default=None, metadata={"help": "global or per_tensor (global)."})
+    score: str | None = field(
+        default=None, metadata={"help": f"What ranks the weights: {', '.join(choices.SCORES)} ({choices.SCORE})."}
+    )
+    calibration_steps: int | None = field(
+        default=None,
+        metadata={"help": f"Optimizer steps, or global batches for gradients ({choices.CALIBRATION_STEPS})."},
+    )
+    calibration_learning_rate: float | None = field(
+        default=None, metadata={"help": "For score task_vector (a tenth of learning_rate)."}
+    )
+    mask: str | None = field(default=None, metadata={"help": "A mask or ticket to train on; skips calibration."})
+    protect: list[str] | None = field(default=None, metadata={"help": "Tickets whose entries must not be chosen."})
+    include: list[str] | None = field(
+        default=None,
+        metadata={"help": "Patterns of tensors, or rows name[a:b], instead of (`default`) all matrices of the blocks."},
+    )
+    exclude: list[str] | None = field(default=None, metadata={"help": "Patterns of tensor names to leave out."})
+    dense: list[str] | None = field(
+        default=None, metadata={"help": "Patterns of tensors, or rows name[a:b], to train and store whole besides."}
+    )
+    global_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows a step over all ranks; gradient_accumulation_steps follows from it."}
+    )
+    shard_group_size: str | None = field(
+        default=None, metadata={"help": "Ranks that share one copy of the weights: a number, node or world (world)."}
+    )
+    gradient_reduction: str = field(default="auto", metadata={"help": "auto, compact or dense."})
+    kernels: str = field(default="auto", metadata={"help": "auto, torch or triton."})
+    max_skipped_steps: int = field(
+        default=choices.MAX_SKIPPED_STEPS,
+        metadata={"help": "So many steps in a row without finite gradients end the run."},
+    )
+    rounding_seed: int | None = field(
+        default=None,
+        metadata={"help": "Round fp32 masters into bf16 weights stochastically, by this seed (to nearest)."},
+    )
+    ticket_dtype: str | None = field(default=None, metadata={"help": "float32 keeps masters (the weights' own dtype)."})
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter (16)."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "The adapter is scaled by alpha / r (32)."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout before the adapter (0.05)."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get an adapter (all-linear: every linear layer but the head)."}
+    )
+    use_rslora: bool | None = field(default=None, metadata={"help": "Scale by alpha / sqrt(r) instead (false)."})
+    merged: bool = field(default=False, metadata={"help": "Also write the trained model to output_dir/merged."})
