@@ -163,7 +163,7 @@ def sparse_zero3(
     `run.mask` of the others has names, shapes and counts only; a mask that the script itself refers to stays in memory.
     Inside, `deepspeed.initialize` builds an engine whose masters,
     moments and gradients exist for active entries only; everything else of the model keeps its bits. The script passes
-    `model.parameters()` as ever; tensors that the mask does not name are frozen for the length of the block.
+    `model.parameters()` as usual; tensors that the mask does not name are frozen for the length of the block.
     dense: patterns of tensors (or their rows, `name[a:b]`) to train whole beside the mask's entries, and to store whole
     in the ticket; a mask from a calibration with `dense` has them already. Persistent buffers that training moves
     (BatchNorm's statistics) are stored when named here, and an error when they are not.

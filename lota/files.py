@@ -64,7 +64,7 @@ def naming_disk_full(path: Path) -> Iterator[None]:
         seems_full = free < 1024 and any(sign in str(error) for sign in _FULL_SIGNS)
         if is_said or (number not in _FULL and not seems_full):
             raise
-        text = f"{os.strerror(number or errno.ENOSPC)}, {free:.1f} MiB are free: make room, then go on"
+        text = f"{os.strerror(number or errno.ENOSPC)}, {free:.1f} MiB are free: make room, then resume"
         raise OSError(number or errno.ENOSPC, text, file or str(path)) from error
 
 

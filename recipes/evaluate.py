@@ -9,7 +9,7 @@
 
 The base is scored too (--no_base leaves it out), then each ticket alone (--together: all of them at once, which must
 share no entry). Tickets are assigned into the loaded model and taken out again bit for bit. Results are written after
-every part; the same command again goes on where it stopped. docs/evaluation.md defines the metrics.
+every part; the same command again continues where it stopped. docs/evaluation.md defines the metrics.
 Installed, the same program is `lota evaluate`.
 """
 

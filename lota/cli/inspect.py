@@ -117,7 +117,7 @@ def report(facts: dict[str, Any]) -> list[str]:
 
 def table(counts: dict[str, tuple[int, int]], max_rows: int = _MAX_ROWS) -> list[str]:
     """Density per layer and kind of tensor, in percent; a dot where there is no such tensor."""
-    from lota.ticket.places import density_grid
+    from lota.ticket.density_grid import density_grid
 
     grid = density_grid(counts, max_rows)
     header = ["layer", *grid.columns, "all"]

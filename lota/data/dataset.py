@@ -27,7 +27,7 @@ from lota.data import columns, mixture, sources
 from lota.data.columns import Form
 from lota.data.options import DataPlan, Source
 from lota.data.sources import Row, read_jsonl
-from lota.ranks.world import rank, say
+from lota.ranks.world import print_once, rank
 
 __all__ = ["Sets", "identity", "load", "read_jsonl"]
 
@@ -129,7 +129,7 @@ def _generate(files: Files, form: Form, state: str, code: str) -> Iterator[dict[
         else:
             yield columns.columns(row, form, place)
     if num_skipped:
-        say(f"data: {num_skipped} rows of {', '.join(files[1:])} left out, because a field of theirs is empty")
+        print_once(f"data: {num_skipped} rows of {', '.join(files[1:])} left out, because a field of theirs is empty")
 
 
 def _state(files: Files) -> str:
@@ -168,7 +168,7 @@ def _set_aside(plan: DataPlan, train: list[Dataset], seed: int) -> tuple[list[Da
         stay, drawn = mixture.set_aside(len(rows), count, f"{seed} evaluation {number}")
         kept.append(rows.select(stay))
         aside += [rows.select(drawn)] if drawn else []
-    say(f"data: {sum(counts)} evaluation rows taken out of the training rows by seed {seed}")
+    print_once(f"data: {sum(counts)} evaluation rows taken out of the training rows by seed {seed}")
     return kept, aside
 
 
@@ -183,6 +183,6 @@ def _mix(plan: DataPlan, train: list[Dataset], seed: int) -> Dataset:
     for number, (rows, count) in enumerate(zip(train, counts)):
         chosen.append(rows.select(mixture.choose(len(rows), count, f"{seed} mixture {number}")))
         share = f"{count} of its {len(rows)} rows" if count <= len(rows) else f"{count} rows, of {len(rows)} repeated"
-        say(f"data: {plan.parts[number].source.describe()}: {share} in an epoch ({count / sum(counts):.2%})")
+        print_once(f"data: {plan.parts[number].source.describe()}: {share} in an epoch ({count / sum(counts):.2%})")
     whole = concatenate_datasets(chosen)
     return whole.select(mixture.shuffled(len(whole), f"{seed} mixture"))

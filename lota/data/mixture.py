@@ -10,8 +10,8 @@ from fractions import Fraction
 def epoch_counts(sizes: Sequence[int], weights: Sequence[float], total: int | None = None) -> list[int]:
     """How many rows of each set an epoch has: `total` of them, shared out by weight.
 
-    Without a total, as many as can be had without taking a row twice. A share that is no whole number goes by largest
-    remainder. ValueError where a set would get no row.
+    Without a total, the most that can be had without taking a row twice. A share that is no whole number goes by
+    largest remainder. ValueError where a set would get no row.
     """
     whole = sum(Fraction(str(weight)) for weight in weights)
     shares = [Fraction(str(weight)) / whole for weight in weights]

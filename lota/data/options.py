@@ -80,7 +80,7 @@ class DataArguments(Source):
         metadata={"help": "List of data sets, each with these options and a weight. In the config file, or as YAML."},
     )
     mixture_rows: int | None = field(
-        default=None, metadata={"help": "Rows of an epoch (as many as the weights allow without repeating a row)."}
+        default=None, metadata={"help": "Rows of an epoch (the most that the weights allow without repeating a row)."}
     )
     eval_rows: int | None = field(default=None, metadata={"help": "Evaluation rows to take out of the training rows."})
     eval_fraction: float | None = field(default=None, metadata={"help": "Likewise, as a part of them."})

@@ -51,7 +51,7 @@ def apply_to_checkpoint(
     transformers loads and saves it whole instead. Tickets must be of this base and must not overlap. dtype: cast the
     base's floating tensors first; None takes the dtype in which the tickets were trained. `out` appears by one rename
     when it is complete; ValueError leaves nothing
-    behind. say: told of every file.
+    behind. say: called with a line for every file.
     """
     base = Path(base)
     names = [frozenset(ticket.names) for ticket in tickets]

@@ -15,7 +15,7 @@ class Scoreboard:
     """results.json, read when it is built; rank 0 builds it, and `put` writes it, there alone."""
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], versions: Mapping[str, str]) -> None:
-        """Go on with the file at `path` where there is one. ValueError when it was made with other settings."""
+        """Continue the file at `path` where there is one. ValueError when it was made with different settings."""
         self.path = Path(path)
         # As JSON gives them back, so that they compare.
         self.settings = json.loads(json.dumps(dict(settings)))

@@ -29,7 +29,7 @@ from lota.evaluate.results import Scoreboard
 from lota.evaluate.rows import evaluation_rows, reference
 from lota.evaluate.scoring import RowSettings, Switch, check_fit, score_rows
 from lota.ranks.process import watch_ranks
-from lota.ranks.world import rank, say, world_size
+from lota.ranks.world import print_once, rank, world_size
 from lota.run.folder import versions
 from lota.ticket import Ticket
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
     todo = [candidate for candidate in candidates if not is_done(candidate)]
     if len(todo) < len(candidates):
-        say(f"{len(candidates) - len(todo)} of {len(candidates)} models are in {args.output} already")
+        print_once(f"{len(candidates) - len(todo)} of {len(candidates)} models are in {args.output} already")
     if todo:
         model, tokenizer = load(args)
         check_fit(model, tokenizer, rows, args.max_new_tokens if how.writes else 0)
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
                 score(candidate, entries[candidate.name], model, tokenizer, rows, how, harness, board)
     if rank() == 0:
         print(board.table([candidate.name for candidate in candidates]), flush=True)
-        say(f"results in {args.output}")
+        print_once(f"results in {args.output}")
 
 
 def score(
@@ -96,7 +96,7 @@ def score(
         return
     for task in harness.tasks:
         if task not in entry["tasks"]:
-            say(f"{candidate.name}: {task}")
+            print_once(f"{candidate.name}: {task}")
             with _timed(entry, task):
                 entry["tasks"][task] = harness.run(task, model, tokenizer, how.batch_rows)
             _put(board, candidate, entry)
@@ -140,7 +140,8 @@ def load(args: EvaluateArguments) -> tuple[Any, Any]:
         assert device is not None
         torch.accelerator.set_device_index(_local_rank())
         model.to(f"{device.type}:{_local_rank()}")
-    say(f"{args.model_name_or_path}: {model.num_parameters() / 1e6:.1f}M parameters, {model.dtype}, {model.device}")
+    size = f"{model.num_parameters() / 1e6:.1f}M parameters"
+    print_once(f"{args.model_name_or_path}: {size}, {model.dtype}, {model.device}")
     tokenizer = load_tokenizer(str(args.model_name_or_path), args.model_revision)
     if args.chat_template_path is not None:
         tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")

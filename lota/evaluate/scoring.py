@@ -1,4 +1,4 @@
-"""Figures of one model on local rows, tickets put on it for the while, the rows shared by all ranks."""
+"""Scores of one model on local rows, with tickets applied temporarily; rows are split over ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lota.evaluate.generate import Decoding, write_answers
 from lota.evaluate.metrics import TEXT_METRICS, scorer
 from lota.evaluate.rows import Row, reference
 from lota.files import write_text
-from lota.ranks.world import rank, say, world_size
+from lota.ranks.world import print_once, rank, world_size
 from lota.ticket import Ticket
 
 
@@ -130,7 +130,7 @@ def _gather(mine: Sequence[Any]) -> list[Any]:
 def _bar(title: str, total: int) -> Iterator[Callable[[int], Any]]:
     """A progress bar on rank 0's terminal; a line where there is none."""
     if rank() == 0 and not sys.stderr.isatty():
-        say(f"{title}, {total} rows" + (" a rank" if world_size() > 1 else ""))
+        print_once(f"{title}, {total} rows" + (" a rank" if world_size() > 1 else ""))
     with tqdm(total=total, desc=title, unit="row", disable=rank() > 0 or not sys.stderr.isatty()) as bar:
         yield bar.update
 

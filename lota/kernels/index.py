@@ -36,7 +36,7 @@ class TileIndex:
 
     Beside the index that is made, and the pieces that the caller gives, building holds a few int64 for each entry of a
     chunk (`CHUNK` entries at most). Offsets begin as int16; at the first tile that spans too much for them, those that
-    are there are copied, which takes up to 2 bytes an entry more where `from_pieces` was not told the span.
+    are there are copied, which takes up to 2 bytes an entry more where `from_pieces` did not get the span.
 
     `check_range=False` leaves out the check that positions lie in `[0, numel)`, for positions that were checked before,
     and no other check: an operation with an index that is out of range reads and writes other memory.
@@ -245,8 +245,8 @@ class _Builder:
         self._offset[entry : entry + distance.numel()] = distance
 
     def _widen(self, filled: int) -> None:
-        """Go on in 4 bytes an entry. What is there is set aside first, so that the old offsets end before the new ones
-        begin."""
+        """Continue in 4 bytes an entry. What is there is set aside first, so that the old offsets end before the new
+        ones begin."""
         num_entries, device = self._offset.numel(), self._offset.device
         kept = self._offset[:filled].clone()
         del self._offset

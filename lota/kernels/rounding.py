@@ -2,8 +2,8 @@
 
 A value between two bf16 neighbours becomes the upper one with the probability of its place between them: its lower 16
 bits plus 16 random ones, cut off. So the mean of many roundings is the value itself, exact values stay, infinities stay
-and a NaN stays a NaN. The random bits are a hash of integers, which every backend computes alike: bit for bit the same
-for any number of ranks, tiles and threads, and for a resumed run.
+and a NaN stays a NaN. The random bits are a hash of integers, which every backend computes the same way:
+bit for bit the same for any number of ranks, tiles and threads, and for a resumed run.
 """
 
 from __future__ import annotations

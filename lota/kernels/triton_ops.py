@@ -2,7 +2,7 @@
 
 One program works on one tile of the index. Its compact accesses are unmasked, aligned and 16 bytes wide wherever whole
 tiles are in bounds; only what goes to dense memory is scattered. The rules that keep the bits equal to the reference on
-a GPU and under Triton's interpreter alike:
+a GPU and under Triton's interpreter:
 
 bf16 travels as its bits (int16 views) and is converted here, because the interpreter truncates; divisions and square
 roots are IEEE (`div_rn`, `sqrt_rn`), and `enable_fp_fusion=False` keeps the compiler from contracting a multiplication

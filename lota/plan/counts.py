@@ -37,7 +37,7 @@ class Spread:
 
     counts: active entries by tensor. local: entries of the planned rank; fullest: of the fullest one.
     offset_bytes, local_offset_bytes: 2 where every 1024 neighbouring entries span fewer than 65536 positions, else 4.
-    received: the most that reaches the planned rank of one tensor's entries, as many as it owns from every rank.
+    received: the most that reaches the planned rank of one tensor's entries: from every rank the number that it owns.
     """
 
     counts: Mapping[str, int]

@@ -287,7 +287,7 @@ def _gathers(model: ModelShapes, layout: Layout, group: range, trained: Sequence
 
     Small tensors stay gathered from one step to the next. What all fits under DeepSpeed's limits is gathered once per
     micro step; beyond that an upper bound: up to `live_parameters` of it need not be gathered again. trained: backward
-    ends at the first of these, so that what comes before is not gathered for it; () where it goes on to the inputs.
+    ends at the first of these, so that what comes before is not gathered for it; () where it continues to the inputs.
     """
     kept = model.persistent(_threshold(model, layout))
     passing = model.numel() - kept

@@ -1,4 +1,10 @@
-"""Errors that one rank meets are raised on all of them: a rank that never heard would wait in the next collective."""
+"""Ranks fail together and see the same: a rank that did not learn of an error would wait in the next collective.
+
+    together            an error of any rank is raised on all: inside a block, where DeepSpeed joined the ranks
+    checked_together    the same for checks of what the user gave: it also names the ranks and hosts that failed
+    from_rank_0         what rank 0 sees holds for all
+    check_same, check_output_dir    hosts have disks of their own: refuse where they differ
+"""
 
 from __future__ import annotations
 
@@ -14,6 +20,8 @@ from typing import Any, TypeVar
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -47,19 +55,16 @@ def _can_travel(error: Exception) -> bool:
     return isinstance(error, (ValueError, TypeError, OSError)) and type(error).__module__ == "builtins"
 
 
-T = TypeVar("T")
-
-
-# NFS may go on for a minute with what a folder held before (acdirmax).
+# NFS may show for a minute what a folder held before (acdirmax).
 PATIENCE_SECONDS = 70.0
 
 
 @contextmanager
-def alike() -> Iterator[None]:
+def checked_together() -> Iterator[None]:
     """Run the block, which must not communicate, on every rank; where one fails, all do. Collective.
 
-    Unlike `lota.ranks.agree.together` it names the ranks that failed, with their hosts, where not all failed: what
-    is not there on one host is there on the others, and whoever reads the message looks at rank 0's.
+    Unlike `together` it names the ranks that failed, with their hosts, where not all failed: a file
+    missing on one host exists on the others, so rank 0's message must name the host.
     """
     error: Exception | None = None
     try:
@@ -81,7 +86,7 @@ def alike() -> Iterator[None]:
 def from_rank_0(look: Callable[[], T]) -> T:
     """What `look()`, which must not communicate, gives or raises on rank 0, on every rank. Collective.
 
-    For what decides how a run goes on: on a shared disk, too, another host may see a file some seconds later.
+    For what decides how a run continues: on a shared disk, too, a second host may see a file some seconds later.
     """
     if _num_ranks() == 1:
         return look()

@@ -1,4 +1,4 @@
-"""How a recipe runs as a job of several ranks: whatever ends one of them ends all, soon, with a line that says why."""
+"""How a recipe runs as a job of several ranks: when one rank dies all exit promptly, and the log says why."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from lota.ranks.watch import RankWatch
 
-RESUME = " Go on with the same command and --resume_from_checkpoint true."
+RESUME = " Resume with the same command and --resume_from_checkpoint true."
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_NEWS = 5.0  # seconds after a broken collective in which the rank that broke it is known
+CAUSE_TIMEOUT = 5.0  # seconds to wait after a broken collective to learn which rank caused it
 
 _advice: str | None = None
 _watch: RankWatch | None = None
@@ -31,7 +31,7 @@ def run_job(main: Callable[[], None], advice: str = "") -> None:
     _advice = advice
     try:
         main()
-    except Exception as error:  # noqa: BLE001 (told to all ranks)
+    except Exception as error:  # noqa: BLE001 (reported to all ranks)
         sys.exit(_end(error))
     except SystemExit:
         _leave()
@@ -40,8 +40,8 @@ def run_job(main: Callable[[], None], advice: str = "") -> None:
 
 
 def watch_ranks() -> None:
-    """From here on the end of any rank is noticed by all, in a process that `run_job` runs. Collective; the ranks have
-    met, which a launcher watches over."""
+    """From now on every rank notices when another one exits, in a process that `run_job` runs. Collective; the ranks
+    have met, which a launcher watches over."""
     global _watch
     if _advice is not None and _watch is None and dist.is_initialized():
         _watch = RankWatch(_advice)
@@ -65,7 +65,7 @@ def _end(error: Exception) -> int:
     is_disk_full = isinstance(error, OSError) and error.errno in _DISK_FULL
     says_all = is_wrong_input or is_disk_full or isinstance(error, FloatingPointError)  # from skipped steps
     reason = str(error) if is_wrong_input else f"{type(error).__name__}: {error}"
-    if _watch is not None and isinstance(error, RuntimeError) and _watch.wait_for_end(_NEWS) is not None:
+    if _watch is not None and isinstance(error, RuntimeError) and _watch.wait_for_end(CAUSE_TIMEOUT) is not None:
         return 1  # a collective that another rank broke
     if not says_all:
         traceback.print_exception(error)
@@ -75,6 +75,6 @@ def _end(error: Exception) -> int:
         _watch.fail(reason, text)
     else:
         if rank > 0:
-            time.sleep(3)  # what all ranks say alike, rank 0 has said, and its launcher has ended the others
+            time.sleep(3)  # if all ranks fail the same way, rank 0 reports first, and its launcher ends the others
         print(f"[lota] {text}", file=sys.stderr, flush=True)
     return 2 if is_wrong_input else 1

@@ -1,7 +1,7 @@
-"""A signal that asks a run to stop: it finishes its step, saves a checkpoint, and ends with a status that says "again".
+"""A signal that asks a run to stop: it finishes its step, saves a checkpoint, and exits with status 75 (try again).
 
 SLURM sends SIGTERM when it wants the nodes back, and on request another signal some time before (`--signal=USR1@120`);
-a preempted cloud machine gets SIGTERM. It is enough that one rank hears: all stop after the same step.
+a preempted cloud machine gets SIGTERM. It is enough that one rank receives it: all stop after the same step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from lota.ranks.output import outlive_readers
-from lota.ranks.world import say
+from lota.ranks.world import print_once
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -68,7 +68,7 @@ def _note(number: int, frame: FrameType | None) -> None:
     outlive_readers()
 
 
-def heard() -> int:
+def signal_received() -> int:
     """The number of a signal that came to any rank, the same on every rank; 0 where none came. Collective: 4 bytes."""
     if not dist.is_initialized():
         return _heard
@@ -80,14 +80,14 @@ def heard() -> int:
 def leave_if_asked(when: str) -> None:
     """Between two phases, where everything worth keeping is on the disk: end the run if any rank was asked to stop.
     Collective."""
-    number = heard()
+    number = signal_received()
     if number:
         leave(number, when)
 
 
 def leave(number: int, when: str) -> None:
-    say(
+    print_once(
         f"stopped by {signal.Signals(number).name} {when}; exit status {EXIT_STATUS}. "
-        "The same command with --resume_from_checkpoint true goes on from here"
+        "The same command with --resume_from_checkpoint true resumes from here"
     )
     raise Preempted

@@ -27,7 +27,7 @@ GRACE = 15.0
 """Seconds that the ranks which are left have to end by themselves, by the error of a collective or their caller's."""
 
 _CONNECT_TIMEOUT = 30.0
-_OWN_ERROR_FIRST = 2.0  # where all ranks fail alike, rank 0 has the same to say itself
+_OWN_ERROR_FIRST = 2.0  # if all ranks fail the same way, let rank 0 report first
 _KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5}  # silence of 15 + 5 * 5 s is an end
 
 
@@ -104,7 +104,7 @@ class RankWatch:
             self._say_once(ended.reason or "ended", f"{ended}. This job ends.{self._advice}")
 
     def _say_once(self, reason: str, text: str) -> None:
-        """Where all ranks fail alike, rank 0 says it once."""
+        """If all ranks fail the same way, rank 0 reports it once."""
         with self._lock:
             is_new = reason not in self._said
             self._said.add(reason)

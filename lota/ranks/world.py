@@ -67,7 +67,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def say(text: str) -> None:
+def print_once(text: str) -> None:
     """Print on rank 0."""
     if rank() == 0:
         print(f"[lota] {text}", flush=True)

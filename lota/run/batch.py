@@ -48,7 +48,7 @@ class Batch:
         return f"on {self.ranks} ranks give {' or '.join(given)}"
 
 
-def settle(config: Any, global_batch_size: int, ranks: int, given: set[str]) -> None:
+def set_accumulation(config: Any, global_batch_size: int, ranks: int, given: set[str]) -> None:
     """Set `config.gradient_accumulation_steps` so that a step has `global_batch_size` rows; ValueError where no whole
     number does. given: names of the options that the user gave."""
     if "gradient_accumulation_steps" in given:

@@ -1,6 +1,6 @@
 """contents.json of a checkpoint folder: all its files with their lengths, and the ranks and rows a step that made it.
 
-It is written last, so a folder without one was not finished. What it says is checked before a run goes on.
+It is written last, so a folder without one was not finished. What it says is checked before a run resumes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Files = dict[str, dict[str, Any]]
 """{path inside the folder: {"bytes": length, "sha256": of small files}}."""
 
 
-def look(folder: Path) -> Files:
+def list_files(folder: Path) -> Files:
     """The files in `folder` as this machine sees them."""
     found: Files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME):

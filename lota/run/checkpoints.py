@@ -12,7 +12,7 @@ STATE_NAME = "trainer_state.json"
 FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
-def adopt(state: Any, args: Any) -> None:
+def take_over_state(state: Any, args: Any) -> None:
     """Make the state that a checkpoint brought this run's own: its intervals are those asked for now, and the best
     checkpoint lies in this `output_dir`, which may have been moved. Without this the Trainer would forget the best."""
     state.compute_steps(args, state.max_steps)

@@ -18,8 +18,8 @@ import yaml
 from lota.data.options import DataPlan
 from lota.delivery.card import write_ticket_card
 from lota.files import naming_disk_full, write_text
-from lota.ranks.agree import alike, from_rank_0, together
-from lota.ranks.world import rank, say, world_size
+from lota.ranks.agree import checked_together, from_rank_0, together
+from lota.ranks.world import print_once, rank, world_size
 from lota.run import resume_checks
 from lota.run.batch import Batch
 from lota.run.options import Config
@@ -41,7 +41,7 @@ class RunFolder:
     """
 
     def __init__(self, options: RunOptions, config: Config, plan: DataPlan) -> None:
-        """Refuse a folder that already holds a run, unless it is this very run and is asked to go on. Collective: what
+        """Refuse a folder that already holds a run, unless it is this very run and is asked to resume. Collective: what
         rank 0 sees holds for all. config.yaml then holds the options in force from here on."""
         self.path = Path(str(config.output_dir))
         self.is_writer = rank() == 0
@@ -54,7 +54,7 @@ class RunFolder:
         if found and not wants_resume(config.resume_from_checkpoint):
             raise ValueError(
                 f"output_dir {self.path} already holds a run ({', '.join(found)}): choose another, remove it first, or "
-                "go on with it by --resume_from_checkpoint true"
+                "resume it with --resume_from_checkpoint true"
             )
         before, facts_before = self._begun() if found else (None, None)
         if before is not None:
@@ -77,7 +77,7 @@ class RunFolder:
     def _begun(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """config.yaml and run.json of the run in this folder; ValueError where it is complete or lacks one of them."""
         if (self.path / "summary.json").is_file():
-            raise ValueError(f"output_dir {self.path} holds a complete run, so there is nothing to go on with")
+            raise ValueError(f"output_dir {self.path} holds a complete run, so there is nothing to resume")
         try:
             options = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
             return options, json.loads((self.path / "run.json").read_text(encoding="utf-8"))
@@ -102,7 +102,7 @@ class RunFolder:
         """The mask that this run selected before it was stopped, and the facts about its calibration. Collective."""
         if not from_rank_0((self.path / "mask").is_dir):
             return None
-        with alike():
+        with checked_together():
             facts = json.loads((self.path / "calibration.json").read_text(encoding="utf-8"))
             return Mask.load(self.path / "mask"), facts
 
@@ -117,21 +117,21 @@ class RunFolder:
             write_ticket_card(self.path / "ticket", facts)
 
     def draw_report(self, summary: dict[str, Any]) -> None:
-        """report.png. Whatever goes wrong with a picture, the run is not lost for it."""
+        """report.png. If drawing fails the run only warns."""
         if self.is_writer:
             try:
                 from lota.run.report import draw_report
 
                 draw_report(self.path, summary)
-            except Exception as error:  # noqa: BLE001 (said, and the run goes on)
-                say(f"report.png was not drawn ({error!r}); try again: lota report {self.path}")
+            except Exception as error:  # noqa: BLE001 (logged; the run continues)
+                print_once(f"report.png was not drawn ({error!r}); try again: lota report {self.path}")
 
     def keep_metrics(self, phase: str, last_step: int) -> list[dict[str, Any]]:
         """Cut from metrics.jsonl what a phase logged after `last_step`; return what it logged until then.
 
         Collective."""
         path = self.path / "metrics.jsonl"
-        with alike():  # and no rank reads after the first has written
+        with checked_together():  # and no rank reads after the first has written
             lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         rows = [row for line in lines if (row := _row(line)) is not None]
         kept = [row for row in rows if row["phase"] != phase or (row["step"] <= last_step and last_step > 0)]

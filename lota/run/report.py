@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from lota.ticket import read_manifest
-from lota.ticket.places import DensityGrid, density_grid
+from lota.ticket.density_grid import DensityGrid, density_grid
 
 REPORT_NAME = "report.png"
 COLORS = {"calibrate": "tab:orange", "train": "tab:blue"}
@@ -194,7 +194,7 @@ def _draw_density(axes: Axes, grid: DensityGrid) -> None:
 
 
 def _layer_ticks(rows: tuple[str, ...]) -> tuple[list[int], list[str]]:
-    """Positions and labels of as many layers as can be read; `outside` always."""
+    """Positions and labels of the layers, thinned until they can be read; `outside` always."""
     layers = [number for number, row in enumerate(rows) if row != "outside"]
     longest = max((len(row) for row in rows), default=1)
     positions = layers[:: max(1, math.ceil(len(rows) * (longest + 2) / 130))]

@@ -13,7 +13,7 @@ from lota import choices
 from lota.kernels import using
 from lota.ranks.world import world_size
 from lota.run import ds_config
-from lota.run.batch import settle
+from lota.run.batch import set_accumulation
 from lota.run.options import Config, LotaArguments, PreferenceConfig, keys_of_config, names_on_command_line
 from lota.ticket import Mask
 from lota.zero.compact.groups import check_shard_group_size
@@ -113,7 +113,7 @@ def resolve(
         )
     if config.auto_find_batch_size:
         raise ValueError(
-            "auto_find_batch_size would change the rows of a step while the run goes on: remove it, and give "
+            "auto_find_batch_size would change the rows of a step during the run: remove it, and give "
             "per_device_train_batch_size"
         )
     idle = unused.on_command_line & {"save_steps", "save_total_limit"} if config.save_strategy == "no" else set()
@@ -127,7 +127,7 @@ def resolve(
             note = "global_batch_size is given; not used from the config file: gradient_accumulation_steps"
             unused.notes.append(note)
             in_file = set()
-        settle(config, args.global_batch_size, world_size(), unused.on_command_line | in_file)
+        set_accumulation(config, args.global_batch_size, world_size(), unused.on_command_line | in_file)
     choices.check_choice("method", args.method, choices.METHODS)
     ds_config.check(config, is_sparse=args.method == "lota" and not mask_only)
     if args.ticket_dtype not in (None, "float32"):

@@ -1,4 +1,4 @@
-"""Whether a run that goes on is the run that was begun: its options, rows a step, DeepSpeed settings and data files.
+"""Whether a resumed run is the run that was begun: its options, rows a step, DeepSpeed settings and data files.
 
 config.yaml holds the options; run.json what they do not say: how many ranks there were, and what was in the files.
 """
@@ -57,7 +57,7 @@ def check_options(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pat
     ]
     if differing:
         raise ValueError(
-            f"output_dir {folder} holds a run with other options ({'; '.join(differing)}). A run goes on with "
+            f"output_dir {folder} holds a run with different options ({'; '.join(differing)}). A run resumes with "
             "the options it began with: give those, or another output_dir"
         )
 
@@ -74,38 +74,38 @@ def check_facts(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path)
     for name in sorted({*old, *new}):
         if old.get(name) != new.get(name):
             raise ValueError(
-                f"output_dir {folder} holds a run with other DeepSpeed settings ({name} was {old.get(name)!r}, now "
+                f"output_dir {folder} holds a run with different DeepSpeed settings ({name} was {old.get(name)!r}, now "
                 f"{new.get(name)!r}). Of these only zero_optimization, sizes of batches and what is printed may change"
             )
     for name in sorted({*before["data"], *now["data"]}):
         if before["data"].get(name) != now["data"].get(name):
             raise ValueError(
-                f"the run in output_dir {folder} was begun on other data: {name} {_changed(before, now, name)}. Put "
-                "the file back, or begin a new run in another output_dir"
+                f"the run in output_dir {folder} was begun on different data: {name} {_changed(before, now, name)}. "
+                "Put the file back, or begin a new run in another output_dir"
             )
 
 
 def check_ranks(before: Batch, now: Batch, method: str, config: Any) -> None:
-    """ValueError where a checkpoint that was made with `before` cannot be gone on from on another number of ranks."""
+    """ValueError where a checkpoint that was made with `before` cannot be resumed on a different number of ranks."""
     if before.ranks == now.ranks:
         return
     if method in _STOCK:
         raise ValueError(
-            f"method: {method} trains with stock DeepSpeed, whose checkpoints load on as many ranks as wrote them "
-            f"only: {before.ranks}, and here are {now.ranks}. Go on with {before.ranks} ranks, or begin in another "
-            "output_dir"
+            f"method: {method} trains with stock DeepSpeed, whose checkpoints load only on the number of ranks that "
+            f"wrote them: {before.ranks}, and here are {now.ranks}. Resume with {before.ranks} ranks, or begin in "
+            "another output_dir"
         )
     if config.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(
             f"train_sampling_strategy: {config.train_sampling_strategy} orders rows by micro batches and ranks, so on "
-            f"{now.ranks} ranks rows would be seen twice or never: go on with {before.ranks} ranks, as it was begun"
+            f"{now.ranks} ranks rows would be seen twice or never: resume with {before.ranks} ranks"
         )
     accelerator = config.accelerator_config
     differing = [name for name, usual in _ACCELERATOR.items() if getattr(accelerator, name, usual) is not usual]
     if differing:
         raise ValueError(
-            f"accelerator_config.{differing[0]} deals rows out by ranks, so on {now.ranks} ranks other rows would be "
-            f"seen: go on with {before.ranks} ranks, as it was begun"
+            f"accelerator_config.{differing[0]} deals rows out by ranks, so on {now.ranks} ranks different rows would "
+            f"be seen: resume with {before.ranks} ranks"
         )
 
 

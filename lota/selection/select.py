@@ -86,9 +86,9 @@ def select(
     rows: of tensors that take part with some of their rows only, which; what lies outside is neither chosen nor counted
     as eligible, but scored.
 
-    Scores rank by |score| in fp32; infinity is legal. ValueError, on every rank alike: bad arguments or arguments that
-    differ between ranks, NaN (names the tensor), scores that are zero everywhere, scores missing or given twice, and
-    a budget that does not fit beside the protected entries (says how many are left and which density fits).
+    Scores rank by |score| in fp32; infinity is legal. ValueError, the same on every rank: bad arguments or arguments
+    that differ between ranks, NaN (names the tensor), scores that are zero everywhere, scores missing or given twice,
+    and a budget that does not fit beside the protected entries (says how many are left and which density fits).
     """
     density, budget, seed = check_density(density), check_budget(budget), _validate_seed(seed)
     full, protection, budgets = _plan(shapes, density, budget, protect, base, rows or {})

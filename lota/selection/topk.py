@@ -27,7 +27,7 @@ INFINITY_KEY = 0x7F800000
 PROTECTED_KEY = -1
 # Elements per chunk: a CPU core's temporaries stay in its cache; accelerators want fewer launches.
 _CPU_CHUNK, _ACCELERATOR_CHUNK = 1 << 18, 1 << 24
-MAX_GATHERED_TIES = 1 << 20  # as many tied hashes as may be gathered and sorted (8 MB); above, one more radix pass
+MAX_GATHERED_TIES = 1 << 20  # the most tied hashes that may be gathered and sorted (8 MB); above, one more radix pass
 
 
 @dataclass(frozen=True)

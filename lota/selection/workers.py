@@ -16,7 +16,7 @@ _MIN_PART = 1 << 17  # entries; handing out less costs more than it saves
 
 
 class Workers:
-    """As many threads as torch uses inside an operation, used across operations instead.
+    """The number of threads that torch uses inside an operation, used across operations instead.
 
     Selection runs thousands of short operations. Shared among torch's own threads each ends in a barrier, and on a busy
     machine (other ranks, data loaders) the slowest thread holds up every one: five times slower was measured. Parts of

@@ -72,7 +72,7 @@ class Ticket:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What the writer told of the ticket's making; a copy."""
+        """What the writer recorded of how the ticket was made; a copy."""
         return check_provenance(self._provenance)
 
     @property

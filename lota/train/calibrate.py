@@ -7,7 +7,7 @@ from typing import Any
 from lota.blocks import calibration_zero3
 from lota.choices import STATIC_SCORES
 from lota.data.dataset import Sets
-from lota.ranks.world import say
+from lota.ranks.world import print_once
 from lota.run.folder import RunFolder
 from lota.run.options import Config
 from lota.run.resolve import RunOptions
@@ -28,11 +28,11 @@ def calibrate(
     """
     saved = folder.saved_mask()
     if saved is not None:
-        say(f"mask of this run's calibration: {saved[0].num_active} of {saved[0].eligible} entries")
+        print_once(f"mask of this run's calibration: {saved[0].num_active} of {saved[0].eligible} entries")
         return *saved, data
     chosen = options.calibration
     assert chosen is not None
-    say(f"score {chosen.score}, {chosen.steps} steps, density {chosen.density:g}, {chosen.budget} budget")
+    print_once(f"score {chosen.score}, {chosen.steps} steps, density {chosen.density:g}, {chosen.budget} budget")
     # What scores best on the evaluation set is for the second phase to say.
     changes: dict[str, Any] = {"max_steps": chosen.steps, "load_best_model_at_end": False}
     if config.save_strategy == "best":
@@ -68,15 +68,15 @@ def calibrate(
     if chosen.score in STATIC_SCORES:
         facts = {"seconds": facts["seconds"]}
     per_tensor = report.pop("per_tensor", {})
-    say(
+    print_once(
         f"selected {mask.num_active} of {mask.eligible} eligible entries in {len(mask.names)} tensors: density asked "
         f"{chosen.density:g}, reached {mask.density:.8g}"
     )
     if per_tensor:
         fullest = max(per_tensor, key=lambda name: per_tensor[name] / mask.numel(name))
-        say(f"densest tensor: {fullest} with {per_tensor[fullest] / mask.numel(fullest):.1%} of its entries")
+        print_once(f"densest tensor: {fullest} with {per_tensor[fullest] / mask.numel(fullest):.1%} of its entries")
     if report.get("num_zero_scored"):
-        say(f"{report['num_zero_scored']} chosen entries have score 0: calibrate longer or lower the density")
+        print_once(f"{report['num_zero_scored']} chosen entries have score 0: calibrate longer or lower the density")
     facts |= {"report": report, "num_active_per_tensor": per_tensor}
     provenance = {"model": options.model, "score": chosen.score, "steps": chosen.steps}
     folder.save_mask(mask, facts, provenance)

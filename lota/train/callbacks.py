@@ -10,15 +10,15 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from lota.ranks import process
-from lota.ranks.world import say
-from lota.run.checkpoints import adopt
+from lota.ranks.world import print_once
+from lota.run.checkpoints import take_over_state
 from lota.run.folder import RunFolder
 
 
 class Log(TrainerCallback):
     """Every log of the Trainer into metrics.jsonl, and the two losses that the summary wants.
 
-    first_step: where a resumed phase goes on; what was logged later will be logged again.
+    first_step: where a phase resumes; what was logged later will be logged again.
     """
 
     def __init__(self, phase: str, folder: RunFolder, first_step: int) -> None:
@@ -30,7 +30,7 @@ class Log(TrainerCallback):
         self.num_skipped: Callable[[], int] = lambda: 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        adopt(state, args)
+        take_over_state(state, args)
         process.training(True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -91,4 +91,4 @@ class Progress(ProgressCallback):
         elif state.global_step >= self.next_line:
             self.next_line = state.global_step + state.max_steps / 8
             facts = ", ".join(f"{short} {value}" for short, value in shown.items())
-            say(f"{self.phase}: step {state.global_step} of {state.max_steps}, {facts}")
+            print_once(f"{self.phase}: step {state.global_step} of {state.max_steps}, {facts}")

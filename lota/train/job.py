@@ -16,10 +16,10 @@ from lota.blocks import sparse_zero3
 from lota.data import checks, dataset
 from lota.data.dataset import Sets
 from lota.data.options import DataPlan, plan_data
-from lota.ranks.agree import alike, check_output_dir, check_same
+from lota.ranks.agree import check_output_dir, check_same, checked_together
 from lota.ranks.process import watch_ranks
 from lota.ranks.stop import listening
-from lota.ranks.world import join_world, say, world_size
+from lota.ranks.world import join_world, print_once, world_size
 from lota.run import ds_config
 from lota.run.folder import RunFolder, versions
 from lota.run.options import Config, LotaArguments, PreferenceConfig, RecipeConfig, parse
@@ -28,7 +28,7 @@ from lota.ticket import Mask
 from lota.train import lora, whole_model
 from lota.train.calibrate import calibrate, mask_facts
 from lota.train.phase import Phase, timed, training_dtype
-from lota.train.say_plan import say_plan
+from lota.train.print_plan import print_plan
 from lota.zero.deepspeed.dense_report import dense_report
 
 
@@ -56,7 +56,7 @@ def main_mask(argv: list[str] | None = None) -> None:
         job = parse_options(argv, mask_only=True)
         load_data(job)
         find_mask(job)
-        say(f"mask in {job.folder.path / 'mask'}")
+        print_once(f"mask in {job.folder.path / 'mask'}")
         finish(job)
 
 
@@ -91,13 +91,13 @@ def parse_options(
     """Join the other ranks, settle the options, print the plan. Collective; ValueError on every rank for bad ones."""
     started = time.monotonic()
     join_world()
-    with alike():
+    with checked_together():
         args, config = parse(argv, config_class)
     watch_ranks()
-    with alike():
+    with checked_together():
         options = resolve(args, config, mask_only=mask_only, argv=argv)
     if not mask_only:
-        say_plan(options, config)
+        print_plan(options, config)
     check_output_dir(str(config.output_dir))
     return Job(args, config, options, started)
 
@@ -105,7 +105,7 @@ def parse_options(
 def load_data(job: Job) -> None:
     """Read and check the rows, and open the run's folder. Collective."""
     options, config = job.options, job.config
-    with alike():
+    with checked_together():
         job.plan = plan_data(job.args)
         job.sets = dataset.load(job.plan, config.seed, options.is_preference)
         notes = [*options.notes, *checks.check(job.sets, options.model, options.revision, config)]
@@ -113,15 +113,16 @@ def load_data(job: Job) -> None:
     job.folder = RunFolder(options, config, job.plan)
     job.summary |= {"method": options.method, "model": options.model, "world_size": world_size()}
     for note in notes:
-        say(note)
-    say(f"{options.method} on {options.model}, {world_size()} ranks, weights in {training_dtype(config)}")
+        print_once(note)
+    print_once(f"{options.method} on {options.model}, {world_size()} ranks, weights in {training_dtype(config)}")
 
 
 def find_mask(job: Job) -> None:
     """Load the mask that was given, or calibrate and select one. Collective."""
     if job.options.mask is not None:
         mask = Mask.load(job.options.mask)
-        say(f"mask from {job.options.mask}: {mask.num_active} of {mask.eligible} entries, density {mask.density:.8g}")
+        counts = f"{mask.num_active} of {mask.eligible} entries, density {mask.density:.8g}"
+        print_once(f"mask from {job.options.mask}: {counts}")
     else:
         mask, job.summary["calibration"], job.sets = calibrate(
             job.options, job.config, job.sets, job.folder, job.seconds
@@ -136,7 +137,7 @@ def train(job: Job) -> Trained:
     mask, job.mask = job.mask, None
     changes, notes = ds_config.for_sparse_training(job.config)
     for note in notes:
-        say(note)
+        print_once(note)
     with (
         timed(job.seconds, "training"),
         sparse_zero3(
@@ -195,9 +196,9 @@ def deliver_ticket(job: Job, trained: Trained) -> None:
     trained.phase.close()
     job.summary["ticket"] = ticket | {"bits_per_eligible_weight": 8 * ticket["bytes"] / run.mask.eligible}
     held, dense = sum(report["bytes_held"].values()), sum(report["bytes_held_dense"].values())
-    say(f"held {held / 2**20:.1f} MiB a rank for model states; dense ZeRO-3 would hold {dense / 2**20:.1f} MiB")
-    say(f"{ticket['num_changed']} of {ticket['num_active']} trained entries changed")
-    say(f"ticket: {ticket['bytes'] / 2**20:.2f} MiB in {folder.path / 'ticket'}")
+    print_once(f"held {held / 2**20:.1f} MiB a rank for model states; dense ZeRO-3 would hold {dense / 2**20:.1f} MiB")
+    print_once(f"{ticket['num_changed']} of {ticket['num_active']} trained entries changed")
+    print_once(f"ticket: {ticket['bytes'] / 2**20:.2f} MiB in {folder.path / 'ticket'}")
     if options.merged:
         with timed(job.seconds, "merged"):
             whole_model.save_applied(
@@ -210,7 +211,7 @@ def deliver_model(job: Job, trained: Trained) -> None:
     options, folder, engine = job.options, job.folder, trained.phase.trainer.deepspeed
     job.summary["training"] = trained.facts
     held = sum(trained.facts["report"]["bytes_held"].values())
-    say(f"held {held / 2**20:.1f} MiB a rank for model states")
+    print_once(f"held {held / 2**20:.1f} MiB a rank for model states")
     if options.adapter is not None:
         with timed(job.seconds, "adapter"):
             job.summary["adapter"] = lora.save_adapter(engine, folder.path / "adapter", options)
@@ -226,4 +227,4 @@ def finish(job: Job) -> None:
     job.summary |= {"seconds": job.seconds, "versions": versions()}
     job.folder.draw_report(job.summary)
     job.folder.write_summary(job.summary)
-    say(f"done in {job.seconds['total']:.0f} s; {job.folder.path / 'summary.json'} has the figures")
+    print_once(f"done in {job.seconds['total']:.0f} s; {job.folder.path / 'summary.json'} has the figures")

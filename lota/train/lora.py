@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 from torch import Tensor
 
-from lota.ranks.world import barrier, rank, say
+from lota.ranks.world import barrier, print_once, rank
 from lota.run.resolve import Adapter, RunOptions
 from lota.zero.deepspeed.weights import whole_numel
 
@@ -54,7 +54,7 @@ def save_adapter(engine: Any, path: Path, options: RunOptions) -> dict[str, Any]
         model.save_pretrained(temporary, state_dict=tensors, save_embedding_layers=False)
         shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped between its adapter and its summary
         os.replace(temporary, path)
-        say(f"adapter: {numel} entries, {nbytes / 2**20:.2f} MiB, in {path}")
+        print_once(f"adapter: {numel} entries, {nbytes / 2**20:.2f} MiB, in {path}")
     barrier()
     return {"num_trained": numel, "bytes": nbytes}
 

@@ -20,7 +20,7 @@ from lota.data import trained_tokens
 from lota.data.dataset import Sets
 from lota.data.tokenizer import chat_template, load_tokenizer
 from lota.ranks.stop import leave_if_asked
-from lota.ranks.world import rank, say, world_size
+from lota.ranks.world import print_once, rank, world_size
 from lota.run import checkpoint_manifest
 from lota.run.batch import Batch
 from lota.run.checkpoints import step_of
@@ -110,15 +110,15 @@ class Phase:
     def run(self) -> dict[str, Any]:
         """Train, evaluate where there is an evaluation set, and say what happened. Collective."""
         leave_if_asked(f"before {_DOING[self.name]}")  # loading takes a while
-        say(f"{self.name}: {batch_arithmetic(self.config, self.trainer.train_dataset)}")
+        print_once(f"{self.name}: {batch_arithmetic(self.config, self.trainer.train_dataset)}")
         if self._num_dropped:
-            say(f"{self.name}: {self._num_dropped} rows dropped, of whose answers max_length leaves nothing")
+            print_once(f"{self.name}: {self._num_dropped} rows dropped, of whose answers max_length leaves nothing")
         self._show_examples()
         if self._checkpoint is not None:
-            say(f"{self.name}: going on from {self._checkpoint}")
+            print_once(f"{self.name}: resuming from {self._checkpoint}")
             ranks = checkpoint_manifest.read(self._checkpoint)[0].ranks
             if ranks != world_size():
-                say(
+                print_once(
                     f"{self.name}: the checkpoint has the random states of {ranks} ranks; these {world_size()} begin "
                     "with new ones, from the seed, the step and the rank"
                 )
@@ -151,7 +151,7 @@ class Phase:
             tokenizer = self.trainer.processing_class
             found = trained_tokens.first_examples(self.trainer, trained_tokens.NUM_WRITTEN)
             for example in found[: trained_tokens.NUM_SHOWN]:
-                say(f"example of {trained_tokens.show(tokenizer, *example)}")
+                print_once(f"example of {trained_tokens.show(tokenizer, *example)}")
             self.folder.write_examples(trained_tokens.render(tokenizer, found))
 
     def close(self) -> None:

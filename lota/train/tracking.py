@@ -22,7 +22,7 @@ class Tracking:
     def __init__(self, report_to: Any, folder: Path) -> None:
         self._integrations = [make() for make in get_reporting_integration_callbacks(report_to)]
         for integration in self._integrations:
-            # One folder whenever the run goes on; the Trainer's name for it holds the time of the start.
+            # One folder whenever the run resumes; the Trainer's name for it holds the time of the start.
             if getattr(integration, "logging_dir", "") is None:
                 integration.logging_dir = str(folder / "tensorboard")
 
@@ -59,6 +59,6 @@ class _OfPhase(TrainerCallback):
             integration.on_save(args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self._prefix:  # the run goes on after calibration
+        if not self._prefix:  # the run continues after calibration
             for integration in self._integrations:
                 integration.on_train_end(args, state, control, **kwargs)

@@ -18,7 +18,7 @@ from trl import DPOTrainer, SFTTrainer
 
 from lota.files import naming_disk_full, sync
 from lota.ranks.agree import together
-from lota.ranks.stop import heard, leave
+from lota.ranks.stop import leave, signal_received
 from lota.run import checkpoint_manifest
 from lota.run.batch import Batch, whole_steps
 from lota.run.checkpoints import FOLDER, STATE_NAME, step_of
@@ -45,7 +45,7 @@ class WholeCheckpoints:
         """TRL's would stand in output_dir and speak of a model that is not there; the ticket has a card of its own."""
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer looks after a step whether it was the last: going on from the last checkpoint, it would take one
+        """The Trainer checks after a step whether it was the last: resumed from the last checkpoint, it would take one
         more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -59,7 +59,7 @@ class WholeCheckpoints:
         return whole_steps(sampler, rows, self.args.dataloader_drop_last)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The random states of a checkpoint of as many ranks; new ones, from the seed, on another number."""
+        """The random states of a checkpoint of the same number of ranks; on a different number new ones, by seed."""
         if checkpoint is None:
             return
         if checkpoint_manifest.read(Path(checkpoint))[0].ranks == self.args.world_size:
@@ -68,8 +68,8 @@ class WholeCheckpoints:
             set_seed(new_seed(self.args.seed, self.state.global_step, self.args.process_index))
 
     def _remove_later(self, folder: Path) -> None:
-        """Remove checkpoints of a run that had come further, before this one went on from an older checkpoint: they
-        would be the ones to go on from, and rotation would keep them."""
+        """Remove checkpoints of later steps, left by a run before this one resumed from an older checkpoint: they would
+        be the ones to resume from, and rotation would keep them."""
         for path in folder.glob("checkpoint-*"):
             if FOLDER.fullmatch(path.name) and step_of(path) > self.state.global_step:
                 shutil.rmtree(path, ignore_errors=True)
@@ -94,12 +94,12 @@ class WholeCheckpoints:
         self.accelerator.wait_for_everyone()
         views: list[checkpoint_manifest.Files | None] = [None] * dist.get_world_size()
         with together():
-            view = checkpoint_manifest.look(staging / name) if self.args.local_process_index == 0 else None
+            view = checkpoint_manifest.list_files(staging / name) if self.args.local_process_index == 0 else None
         dist.all_gather_object(views, view)
         with together(), naming_disk_full(folder / name):
             if self.args.should_save:
                 checkpoint_manifest.write(staging / name, Batch.of(self.args, self.args.world_size), views)
-                shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that went on from an older checkpoint
+                shutil.rmtree(folder / name, ignore_errors=True)  # left from before a resume at an older step
                 sync(staging / name)
                 os.replace(staging / name, folder / name)
                 sync(folder)
@@ -109,7 +109,7 @@ class WholeCheckpoints:
 
 
 def new_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of a rank that goes on from a checkpoint of another number of ranks; 32 bits."""
+    """The seed of a rank that resumes from a checkpoint of a different number of ranks; 32 bits."""
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:4], "little")
 
 
@@ -117,7 +117,7 @@ class StopsWhenAsked:
     """Put before a Trainer class: at the end of a step, all ranks look whether any was asked to stop.
 
     A stop saves whatever save_strategy says, and whichever step it is. The step's evaluation, where one is due, comes
-    first: the run that goes on would not repeat it. Raises Preempted, so that nothing of what the Trainer does after
+    first: the resumed run would not repeat it. Raises Preempted, so that nothing of what the Trainer does after
     its last step is done, such as loading the best checkpoint.
     """
 
@@ -134,7 +134,7 @@ class StopsWhenAsked:
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
     ) -> None:
-        number = heard()
+        number = signal_received()
         if number:
             self.control.should_log = True  # the losses since the last log are not part of a checkpoint
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)  # type: ignore[misc]

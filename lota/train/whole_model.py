@@ -18,7 +18,7 @@ from lota.data.tokenizer import load_tokenizer
 from lota.delivery.apply import apply_to_checkpoint
 from lota.delivery.model_folder import locate
 from lota.ranks.agree import together
-from lota.ranks.world import barrier, rank, say
+from lota.ranks.world import barrier, print_once, rank
 from lota.run.resolve import RunOptions
 from lota.ticket import Ticket
 from lota.train import lora
@@ -32,8 +32,8 @@ def save_applied(options: RunOptions, dtype: torch.dtype, ticket_path: Path, pat
         if rank() == 0:
             shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before its summary
             base = locate(options.model, options.revision)
-            apply_to_checkpoint(base, [Ticket.load(ticket_path)], path, dtype=dtype, say=say)
-            say(f"merged model in {path}")
+            apply_to_checkpoint(base, [Ticket.load(ticket_path)], path, dtype=dtype, say=print_once)
+            print_once(f"merged model in {path}")
 
 
 def save_sharded(engine: Any, path: Path, options: RunOptions) -> None:
@@ -66,7 +66,7 @@ def save_sharded(engine: Any, path: Path, options: RunOptions) -> None:
         load_tokenizer(options.model, options.revision).save_pretrained(temporary)
         shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before its summary
         os.replace(temporary, path)
-        say(f"trained model in {path}")
+        print_once(f"trained model in {path}")
     barrier()
 
 

@@ -199,7 +199,7 @@ class BlockRun:
         if self.engine is not None:
             if hasattr(self.engine.optimizer, "core"):
                 self.engine.optimizer.core = None
-            engines.let_go(self.engine)
+            engines.drop_engine(self.engine)
         self.core = self.engine = None
         if self._groups is not None:
             self._groups.destroy()

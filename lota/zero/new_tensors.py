@@ -41,7 +41,7 @@ def new_tensors(model: torch.nn.Module) -> dict[str, int]:
     """By name, how many leading rows the base's checkpoint has of each parameter of which it does not have all.
 
     The base is what the model, or the transformers model inside it, was loaded from (`config._name_or_path`), if that
-    is a folder or in the hub's cache. A model without one has no new tensors that could be told; rank 0 warns where it
+    is a folder or in the hub's cache. A model without one has no new tensors that could be found; rank 0 warns where it
     names a base that cannot be read. Rank 0 looks, at the headers of the files and a thousand entries of every tensor.
     Collective over the world.
     """

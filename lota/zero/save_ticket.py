@@ -1,4 +1,4 @@
-"""Compact values of many ranks become a ticket, one tensor at a time; whatever goes wrong, every rank hears of it."""
+"""Compact values of many ranks become a ticket, one tensor at a time; an error of any rank is raised on all."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def deliver(
     ticket holds; else None. stored: values and base values of tensors of the mask that were not trained (buffers).
     model: see `Manifest`.
     Only one tensor's values are gathered at a time. An error of the writer does not stop the gathering, which the other
-    ranks take part in; it is raised on every rank at the end, whatever it is: a rank that never heard would hang.
+    ranks take part in; it is raised on every rank at the end: a rank that did not receive it would hang.
     """
     writer: TicketWriter | None = None
     error: Exception | None = None

@@ -142,7 +142,7 @@ class SparseRun(BlockRun):
             other = next(rank for rank, other in enumerate(sizes) if other != sizes[0])
             raise ValueError(
                 f"shard_group_size {self._shard_group_size} means {sizes[0]} ranks on rank 0 and {sizes[other]} on "
-                f"rank {other}: start as many ranks on every node, or give the same number everywhere"
+                f"rank {other}: start the same number of ranks on every node, or give the same group size everywhere"
             )
         return size
 
@@ -196,7 +196,7 @@ class SparseRun(BlockRun):
         }
 
     def _decide_reduction(self, optimizer: Any, engine: Any, weights_device: torch.device) -> None:
-        """Settle `auto` by the planner, alike on all ranks, and say so once. Collective."""
+        """Decide `auto` by the planner, the same way on all ranks, and log it once. Collective."""
         if self._gradient_reduction != "auto":
             return
         is_offloaded = weights_device.type != self.device.type

@@ -86,7 +86,7 @@ def one_host(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_rank_that_is_killed(
     hosts: tuple[Host, Host], world: Path, one_host: Path, tmp_path: Path, victim: int
 ) -> None:
-    """The job ends on both hosts, says where it began, and goes on from its checkpoint to the same ticket."""
+    """The job ends on both hosts, says where it began, and resumes from its checkpoint to the same ticket."""
     command = command_of("train_lota.py", world, tmp_path / "run", *OPTIONS, "--resume_from_checkpoint", "true")
     job = Job(tmp_path, hosts[0], list(command))
     deadline = time.monotonic() + 300
@@ -106,7 +106,7 @@ def test_a_rank_that_is_killed(
 
     status, said = Job(tmp_path, hosts[0], list(command)).wait(600)
     assert status == 0, said[-6000:]
-    assert "going on from" in said
+    assert "resuming from" in said
     for file in ("ticket.safetensors", "ticket.json"):
         assert (tmp_path / "run" / "ticket" / file).read_bytes() == (one_host / "ticket" / file).read_bytes(), file
 

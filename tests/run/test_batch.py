@@ -11,7 +11,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
-from lota.run.batch import Batch, settle, whole_steps
+from lota.run.batch import Batch, set_accumulation, whole_steps
 from lota.train.trainer import new_seed
 
 
@@ -47,16 +47,16 @@ def test_every_cure_is_one() -> None:
 def test_accumulation_follows_from_the_global_batch() -> None:
     for ranks, steps in ((1, 8), (2, 4), (8, 1)):
         config = SimpleNamespace(per_device_train_batch_size=4, gradient_accumulation_steps=1)
-        settle(config, 32, ranks, set())
+        set_accumulation(config, 32, ranks, set())
         assert config.gradient_accumulation_steps == steps
     with pytest.raises(ValueError, match="not both"):
-        settle(config, 32, 2, {"gradient_accumulation_steps"})
+        set_accumulation(config, 32, 2, {"gradient_accumulation_steps"})
     with pytest.raises(ValueError, match=r"multiple of .* 4 x 16, got 32: give --per_device_train_batch_size 2$"):
-        settle(config, 32, 16, set())
+        set_accumulation(config, 32, 16, set())
     with pytest.raises(ValueError, match=r"multiple of the number of ranks, 3, got 32: change it, or use 2 or 4 ranks"):
-        settle(config, 32, 3, set())
+        set_accumulation(config, 32, 3, set())
     with pytest.raises(ValueError, match="got 0"):
-        settle(config, 0, 3, set())
+        set_accumulation(config, 0, 3, set())
 
 
 def steps_of(sampler, micro: int, accumulation: int, ranks: int) -> list[list[int]]:

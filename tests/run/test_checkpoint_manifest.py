@@ -20,7 +20,7 @@ def make(folder: Path) -> Path:
     (folder / "trainer_state.json").write_text("{}" * 20)
     (folder / "rng_state_0.pth").write_bytes(b"r" * 99)
     (folder / "global_step4" / "state.safetensors").write_bytes(b"s" * (checkpoint_manifest.LARGEST_HASHED + 1))
-    checkpoint_manifest.write(folder, BATCH, [checkpoint_manifest.look(folder)])
+    checkpoint_manifest.write(folder, BATCH, [checkpoint_manifest.list_files(folder)])
     return folder
 
 
@@ -75,7 +75,7 @@ def test_edited_or_of_another_version(tmp_path: Path) -> None:
 def test_a_disk_that_shows_files_late(tmp_path: Path) -> None:
     """Rank 0 sees a file of another machine cut, or not at all; its machine saw it whole."""
     folder = make(tmp_path / "checkpoint-4")
-    whole = checkpoint_manifest.look(folder)
+    whole = checkpoint_manifest.list_files(folder)
     late = {name: facts for name, facts in whole.items() if name != "rng_state_0.pth"}
     late["global_step4/state.safetensors"] = {"bytes": 3, "sha256": "?"}
     checkpoint_manifest.write(folder, BATCH, [late, None, whole])

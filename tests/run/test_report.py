@@ -18,7 +18,7 @@ from lota.run.options import parse
 from lota.run.report import draw_report, headline, picture, read_series, smoothed
 from lota.run.resolve import resolve
 from lota.ticket import Mask
-from lota.ticket.places import density_grid
+from lota.ticket.density_grid import density_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.experts.gate_up_proj", "post_attention_layernorm")

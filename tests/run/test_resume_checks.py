@@ -1,4 +1,4 @@
-"""A run goes on only as the run that it is; what does not make another one of it may change, and is written."""
+"""A run resumes only as the run that it is; what does not make another one of it may change, and is written."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Job:
         """A checkpoint, as far as the folder looks at it."""
         checkpoint = self.folder / "run" / "checkpoint-4"
         checkpoint.mkdir()
-        checkpoint_manifest.write(checkpoint, Batch(2, 4, ranks), [checkpoint_manifest.look(checkpoint)])
+        checkpoint_manifest.write(checkpoint, Batch(2, 4, ranks), [checkpoint_manifest.list_files(checkpoint)])
 
     def config(self) -> dict[str, Any]:
         return yaml.safe_load((self.folder / "run" / "config.yaml").read_text(encoding="utf-8"))
@@ -113,7 +113,7 @@ def test_other_data_under_the_same_name(job: Job) -> None:
     job.start()
     text = job.rows.read_text(encoding="utf-8")
     job.rows.write_text(text + "{}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"begun on other data: .*rows\.jsonl had 315 bytes, now 318"):
+    with pytest.raises(ValueError, match=r"begun on different data: .*rows\.jsonl had 315 bytes, now 318"):
         job.go_on()
     job.rows.write_text(text.replace("a", "c", 1), encoding="utf-8")
     with pytest.raises(ValueError, match="has other contents of the same length"):
@@ -145,7 +145,7 @@ def test_deepspeeds_settings(job: Job) -> None:
     job.go_on(deepspeed=other)
     assert job.config()["deepspeed"] == str(other)
     other.write_text(json.dumps(settings | {"gradient_clipping": 0.5}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"other DeepSpeed settings \(gradient_clipping was 'auto', now 0.5\)"):
+    with pytest.raises(ValueError, match=r"different DeepSpeed settings \(gradient_clipping was 'auto', now 0.5\)"):
         job.go_on(deepspeed=other)
 
 

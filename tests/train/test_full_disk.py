@@ -1,5 +1,5 @@
 """A disk that fills up ends every rank with an error that names what did not fit; the checkpoint before is as it was,
-and the run goes on from it when there is room."""
+and the run resumes from it when there is room."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_the_baseline(ranks, base: Path) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
     assert sum(not torch.equal(t, load_file(base / "model.safetensors")[n]) for n, t in merged.items()) == 14
 
-    # Stopped before its summary, the run goes on and writes both once more.
+    # Stopped before its summary, the run resumes and writes both once more.
     (output / "summary.json").unlink()
     ranks(2).run(jobs.run_recipe, "train_lota", [*argv, "--resume_from_checkpoint", "true"])
     assert jobs.summary(output)["training"]["resumed_from_step"] == 3 and jobs.losses(output) == plain["losses"]

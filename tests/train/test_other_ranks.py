@@ -1,4 +1,4 @@
-"""A run that stopped goes on with any number of ranks, shard group and reduction: the same number of ranks gives the
+"""A run that stopped resumes with any number of ranks, shard group and reduction: the same number of ranks gives the
 same bits, others see the same rows step by step and end within the bounds of the first comparison with dense training.
 """
 
@@ -225,14 +225,14 @@ def test_damage_that_only_the_engine_sees(ranks, base, straight, tmp_path) -> No
     data = bytearray(state.read_bytes())
     data[-5] ^= 4
     state.write_bytes(data)
-    checkpoint_manifest.write(folder, checkpoint_manifest.read(folder)[0], [checkpoint_manifest.look(folder)])
+    checkpoint_manifest.write(folder, checkpoint_manifest.read(folder)[0], [checkpoint_manifest.list_files(folder)])
     before = files_of(output)
     argv = options(base, output, resume_from_checkpoint="true")
     for outcome in ranks(2).outcomes(jobs.run_recipe, "train_lota", argv):
         assert f"checkpoint {folder / f'global_step{STOP}'} is damaged" in outcome.error
     after = files_of(output)
     assert after.keys() == before.keys()
-    # What the run goes on with: the folder's new place, and metrics up to the checkpoint.
+    # What the run resumes with: the folder's new place, and metrics up to the checkpoint.
     assert {name for name in after if after[name] != before[name]} == {"config.yaml", "metrics.jsonl"}
 
 
@@ -346,7 +346,7 @@ def seeds(name: str, argv: list[str]) -> int:
 
 
 def test_random_states(ranks, base, tmp_path) -> None:
-    """Dropout goes on as it would have on the same ranks; on others with seeds of their own, the same every time."""
+    """Dropout resumes as it would have on the same ranks; on others with seeds of their own, the same every time."""
     torch.manual_seed(5)
     tiny.save(tmp_path / "base", hidden_size=32, intermediate_size=64, attention_dropout=0.5, initializer_range=0.2)
     changes: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""A run that is killed and started again goes on from its newest complete checkpoint, and ends in the very files of one
+"""A run that is killed and started again resumes from its newest complete checkpoint, and ends in the very files of one
 that was never stopped."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trl import SFTConfig
 
 from lota.run import checkpoint_manifest
 from lota.run.batch import Batch
-from lota.run.checkpoints import adopt, newest
+from lota.run.checkpoints import newest, take_over_state
 from lota.run.resume import Resume
 from lota.train.trainer import WholeCheckpoints
 from tests.train.faults import ENVIRONMENT, kill_rank, start
@@ -121,7 +121,7 @@ def test_the_newest_complete_checkpoint_is_chosen(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "checkpoint.json").touch()
         if step < 100:
-            checkpoint_manifest.write(folder.parent, Batch(1, 1, 2), [checkpoint_manifest.look(folder.parent)])
+            checkpoint_manifest.write(folder.parent, Batch(1, 1, 2), [checkpoint_manifest.list_files(folder.parent)])
     (tmp_path / ".checkpoint-200.partial").mkdir()
     assert newest(tmp_path) == tmp_path / "checkpoint-20"
     decided = Resume.decide("true", tmp_path)
@@ -135,10 +135,10 @@ def test_the_newest_complete_checkpoint_is_chosen(tmp_path: Path) -> None:
 def test_a_checkpoints_state_becomes_the_runs_own(tmp_path: Path) -> None:
     state = TrainerState(max_steps=40, save_steps=5, logging_steps=5, best_global_step=10)
     asked = SFTConfig(str(tmp_path), save_steps=7, logging_steps=0.1, use_cpu=True, bf16=False, report_to=[])
-    adopt(state, asked)
+    take_over_state(state, asked)
     assert (state.save_steps, state.logging_steps, state.best_model_checkpoint) == (7, 4, None)
     (tmp_path / "checkpoint-10").mkdir()  # where it was when the folder had another name, the Trainer does not find it
-    adopt(state, asked)
+    take_over_state(state, asked)
     assert state.best_model_checkpoint == str(tmp_path / "checkpoint-10")
 
 

@@ -1,4 +1,4 @@
-"""A signal to one rank stops all after the same step with a checkpoint, and the run that goes on ends in the ticket of
+"""A signal to one rank stops all after the same step with a checkpoint, and the run that resumes ends in the ticket of
 one that was never stopped."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run that stops at a checkpoint and goes on gives the very bits of one that never stopped; wrong or damaged
+"""A run that stops at a checkpoint and resumes gives the very bits of one that never stopped; wrong or damaged
 checkpoints are refused on every rank and change nothing."""
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _block(kind: str, shards: int | None) -> Any:
 
 
 def _straight_and_resumed(folder: str, kind: str, dtype: torch.dtype, shards: int | None) -> dict[str, Any]:
-    """One run of six steps that saves after three, and one that goes on from there; what each ends with."""
+    """One run of six steps that saves after three, and one that resumes from there; what each ends with."""
     cases.allow_fp16_on_cpu()
     overrides = (
         {"fp16": {"enabled": True, "initial_scale_power": 17, "hysteresis": 1}} if dtype == torch.float16 else {}

@@ -1,4 +1,4 @@
-"""A checkpoint of any number of ranks, shard group and reduction goes on with any other: bit for bit where sums have
+"""A checkpoint of any number of ranks, shard group and reduction resumes with any other: bit for bit where sums have
 the same order, and else within the bounds of the comparison with dense training."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Saving and resuming a block: its state, and what the engine counts and the optimizer's groups hold beside it."""
+"""Saving and resuming a block: its state, plus engine counters and optimizer group settings."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def load(
 
 
 def check_same(found: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:
-    """ValueError where a checkpoint is of something else than the run that wants to go on from it."""
+    """ValueError where a checkpoint is of something else than the run that wants to resume from it."""
     cure = "Resume with what it was made with, or start a new run."
     if found["kind"] != expected["kind"]:
         raise ValueError(

@@ -40,7 +40,7 @@ def check_shard_group_size(shard_group_size: int | str | None, world_size: int) 
         fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
         raise ValueError(
             f"shard_group_size {shard_group_size} does not divide the {world_size} ranks"
-            + (f" ({size} on this node); every node needs as many" if shard_group_size == "node" else "")
+            + (f" ({size} on this node); every node needs the same number" if shard_group_size == "node" else "")
             + f"; use one of {fitting}"
         )
     return size
@@ -62,27 +62,27 @@ def _ranks_of_node(world_size: int) -> int:
     """ValueError where the launcher did not say it, or where the ranks of a node do not follow each other."""
     if world_size == 1:
         return 1
-    told = local_size()
+    num_local = local_size()
     rank, local_rank = os.environ.get("RANK", ""), os.environ.get("LOCAL_RANK", "")
-    if told is None or not (rank.isdecimal() and local_rank.isdecimal()):
+    if num_local is None or not (rank.isdecimal() and local_rank.isdecimal()):
         raise ValueError(
             "shard_group_size node needs to know which ranks share a node: expected RANK, LOCAL_RANK and "
-            f"LOCAL_WORLD_SIZE in the environment, got {rank!r}, {local_rank!r} and {told}. deepspeed, torchrun, "
+            f"LOCAL_WORLD_SIZE in the environment, got {rank!r}, {local_rank!r} and {num_local}. deepspeed, torchrun, "
             "accelerate and recipes/slurm set them; or give the number of ranks of a node"
         )
-    if int(rank) % told != int(local_rank):
+    if int(rank) % num_local != int(local_rank):
         raise ValueError(
-            f"shard_group_size node needs the ranks of a node to follow each other and every node to have as many; "
-            f"rank {rank} is number {local_rank} of {told} on its node. Give the launcher as many slots on every host, "
-            "or give shard_group_size a number"
+            f"shard_group_size node needs the ranks of a node to follow each other and every node to have the same "
+            f"number; rank {rank} is number {local_rank} of {num_local} on its node. Give the launcher the same number "
+            "of slots on every host, or give shard_group_size a number"
         )
-    return told
+    return num_local
 
 
 def local_size() -> int | None:
     """How many ranks the launcher started on this node; None where it does not say so."""
-    told = next((os.environ[name] for name in _LOCAL_SIZES if name in os.environ), "")
-    return int(told) if told.isdecimal() and int(told) > 0 else None
+    num_local = next((os.environ[name] for name in _LOCAL_SIZES if name in os.environ), "")
+    return int(num_local) if num_local.isdecimal() and int(num_local) > 0 else None
 
 
 def make_groups(shard_size: int) -> BlockGroups:

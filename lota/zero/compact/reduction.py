@@ -166,8 +166,8 @@ class GradientReducer:
     def buffer_bytes(self) -> int:
         """Most bytes of buffers in an ordinary backward: buckets being filled (fp32), packed, sent and received.
 
-        From every rank a rank receives as many entries as it owns itself: more than a bucket, where it owns many. With
-        shard groups of one rank, what was filled is all-reduced in place.
+        From every rank a rank receives the number of entries that it owns itself: more than a bucket, where it owns
+        many. With shard groups of one rank, what was filled is all-reduced in place.
         """
         size, world = self.groups.shard_size, self.groups.world_size
         if self.reduce_every == "step":

@@ -13,7 +13,7 @@ _LOG = logging.getLogger("lota")
 
 
 class SkippedSteps:
-    """Counts skipped steps in a row, alike on every rank, because the skip flag is agreed over all of them.
+    """Counts consecutive skipped steps, the same on every rank, because the skip flag is agreed over all of them.
 
     limit: the step that makes so many raises. DeepSpeed asks for the flag after every step, so nothing is read from
     the device for this; names are looked for only in a step that may be the last.

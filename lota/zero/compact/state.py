@@ -1,4 +1,4 @@
-"""Compact state of one group of tensors on one rank, and the update that goes through it.
+"""Compact state of one group of tensors on one rank: masters, moments and gradients of its active entries.
 
 Everything but the weights lives here: the index of active entries, fp32 masters, moments and accumulated gradients (one
 value per active entry that this rank owns), and the base's values of those entries in host memory, which the ticket

@@ -37,7 +37,7 @@ class StepGradients:
 
     def complete(self) -> None:
         """Before the gradients are used: send what waits for the end of the step, which was only known now. Collective
-        where something does, which all ranks know alike."""
+        where something does, which all ranks know the same way."""
         if self._is_unsent:
             self._reduce(True)
 

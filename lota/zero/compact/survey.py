@@ -17,7 +17,7 @@ Chunks = Callable[[str], Iterable[Tensor]]
 
 @dataclass(frozen=True)
 class Survey:
-    """What an index needs to be told before it is built.
+    """What an index needs to know before it is built.
 
     counts: for each tensor the active entries that each rank owns. whole: spans of the index of all entries. own: of
     the index of one rank's share, for every rank that was looked at.

@@ -74,12 +74,12 @@ def check_admitted(optimizer: torch.optim.Optimizer, device: torch.device) -> No
             resumed = _run(given, device, PIECES, resumes=True)
     except Exception as error:
         raise ValueError(
-            f"optimizer {name} cannot be resumed: keeping its state and going on from it failed in a trial "
+            f"optimizer {name} cannot be resumed: keeping its state and resuming from it failed in a trial "
             f"({_short(error)}). {cure}"
         ) from error
     if not _are_equal(pieces, resumed):
         raise ValueError(
-            f"optimizer {name} cannot be resumed: in a trial it went on differently from what a checkpoint keeps, so "
+            f"optimizer {name} cannot be resumed: in a trial it resumed differently from what a checkpoint keeps, so "
             f"it remembers something beside its state and its parameter groups. {cure}"
         )
 

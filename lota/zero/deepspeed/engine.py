@@ -176,7 +176,7 @@ class LotaEngine(DeepSpeedEngine):
     def destroy(self) -> None:
         self._is_destroyed = True
         super().destroy()
-        let_go(self)
+        drop_engine(self)
 
     def _configure_zero_optimizer(self, optimizer: Any) -> Any:
         if not self.is_lota:
@@ -230,7 +230,7 @@ class LotaEngine(DeepSpeedEngine):
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
         """As the configuration says, but never for a Trainer's checkpoint: that is the ticket's state, not the model.
-        A script that asks for weights and gets none is told."""
+        A script that asks for weights and gets none gets a warning."""
         is_asked = bool(super().zero_gather_16bit_weights_on_model_save())
         if not self.is_lota:
             return is_asked
@@ -325,7 +325,7 @@ def _check_unused(model: torch.nn.Module) -> None:
         )
 
 
-def let_go(engine: Any) -> None:
+def drop_engine(engine: Any) -> None:
     """Take an engine that trains no more out of what would keep it, its model and its states alive for ever.
 
     DeepSpeed's stack of modules and a cache per class hold every ZeRO-3 model of a process, and gradient hooks tie a

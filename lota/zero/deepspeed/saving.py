@@ -60,7 +60,7 @@ def write_note(folder: Path) -> None:
 
 class GuardedSave:
     """From now until `restore`, `model.save_pretrained(folder)` raises ValueError while the weights are sharded: it
-    would write tensors without elements. With a state_dict of whole tensors it works as ever."""
+    would write tensors without elements. With a state_dict of whole tensors it works as usual."""
 
     def __init__(self, model: Any) -> None:
         self._model = model if hasattr(model, "save_pretrained") else None

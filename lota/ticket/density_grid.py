@@ -95,7 +95,7 @@ def _row_labels(places: Iterable[Place], max_rows: int | None) -> dict[tuple[str
 
 
 def _short(kinds: set[str]) -> dict[str, str]:
-    """Each kind's last part (with what owns it, for a bias) where no other kind ends alike, else the whole."""
+    """Each kind's last part (with what owns it, for a bias) where no other kind ends the same way, else the whole."""
     tails = {kind: ".".join(kind.split(".")[-2 if kind.endswith(".bias") else -1 :]) for kind in kinds}
     counts = Counter(tails.values())
     return {kind: tail if counts[tail] == 1 else kind for kind, tail in tails.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lota.ticket.places import Place, density_grid, place
+from lota.ticket.density_grid import Place, density_grid, place
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from lota.run.options import Config, PreferenceConfig, RecipeConfig, parse
 from lota.run.resolve import resolve
-from lota.train.say_plan import layout_of, plans_of
+from lota.train.print_plan import layout_of, plans_of
 
 NUM_LAYERS, WIDTH, HIDDEN = 2, 32, 56
 

@@ -1,4 +1,4 @@
-"""The first lines of a run: what each rank will hold, need and send, said before anything is loaded."""
+"""Prints, before anything is loaded, what each rank will hold and send."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from lota import plan
-from lota.ranks.world import rank, say, world_size
+from lota.ranks.world import print_once, rank, world_size
 from lota.run import ds_config
 from lota.run.options import Config
 from lota.run.resolve import RunOptions
@@ -19,8 +19,8 @@ from lota.train.phase import needs_reference, training_dtype
 from lota.zero.compact.groups import check_shard_group_size, local_size
 
 
-def say_plan(options: RunOptions, config: Config) -> None:
-    """Print the short plan on rank 0. A model that cannot be planned is no reason to stop: loading it will tell."""
+def print_plan(options: RunOptions, config: Config) -> None:
+    """Print the short plan on rank 0. A model that cannot be planned is no reason to stop: loading it will say why."""
     if rank() > 0:
         return
     try:
@@ -29,7 +29,7 @@ def say_plan(options: RunOptions, config: Config) -> None:
     except (ValueError, OSError, ImportError) as error:
         lines = [f"no plan: {error}"]
     for line in lines:
-        say(line)
+        print_once(line)
 
 
 def plans_of(options: RunOptions, config: Config, layout: plan.Layout) -> list[plan.MethodPlan]:
