@@ -10,7 +10,7 @@ STAMP = $(VENV)/.installed
 # Several ranks share a machine's cores in tests and in the demo: one thread each.
 RUN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: help install demo test test-gpu lint soak bench bench-gpu clean
+.PHONY: help install demo test test-oldest test-gpu lint soak bench bench-gpu clean
 
 help:
 	@echo "lota: sparse fine-tuning by lottery tickets, on DeepSpeed ZeRO-3"
@@ -18,6 +18,7 @@ help:
 	@echo "  make install    create $(VENV) with everything that the other targets need"
 	@echo "  make demo       make a small base model, fine-tune it whole and as a ticket, compare (about 5 minutes, 2 cores)"
 	@echo "  make test       lint, types and the tests that need no accelerator"
+	@echo "  make test-oldest  the blocks, tickets and kernels with the oldest versions they support (requirements/oldest.txt)"
 	@echo "  make test-gpu   the tests that need an accelerator"
 	@echo "  make lint       ruff and mypy"
 	@echo "  make soak       kill ranks of a job 20 times at random moments and resume (about 15 minutes, 2 cores)"
@@ -47,8 +48,30 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Two workers, each with ranks of its own that stay alive over its tests; WORKERS=0 runs all in one process.
 test: lint
-	$(RUN) $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(RUN) $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
+
+# The oldest versions that blocks, tickets and kernels work with, in an environment of their own. TRL 0.24 cannot import its
+# DPO trainer beside transformers 5.
+OLD_VENV ?= .venv-oldest
+OLD = $(OLD_VENV)/bin
+OLD_PIP = $(OLD)/python -m pip install --quiet --constraint requirements/oldest.txt
+OLDEST_TESTS = tests/ticket tests/selection/test_select.py tests/kernels/test_ops.py tests/test_optim.py \
+  tests/delivery/test_live.py tests/delivery/test_apply.py tests/delivery/test_heads.py \
+  tests/zero/test_trainers.py tests/zero/test_new_tensors.py tests/zero/test_run_is_right.py
+
+$(OLD_VENV)/.installed: pyproject.toml requirements/oldest.txt
+	$(PYTHON) -m venv $(OLD_VENV)
+	$(OLD)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(OLD_PIP) torch numpy
+	DS_BUILD_OPS=0 $(OLD_PIP) --no-build-isolation deepspeed
+	$(OLD_PIP) -e ".[train]" trl datasets peft "pytest>=8.4" psutil ninja
+	touch $@
+
+test-oldest: $(OLD_VENV)/.installed
+	OMP_NUM_THREADS=1 PATH="$(abspath $(OLD)):$$PATH" $(OLD)/python -m pytest -m "not slow and not gpu" -k "not dpo" \
+	  $(OLDEST_TESTS) $(PYTEST_ARGS)
 
 test-gpu: $(STAMP)
 	$(RUN) $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
@@ -68,4 +91,4 @@ bench-gpu: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.gpu --minutes $(or $(MINUTES),8) --out $(or $(OUT),runs/bench/gpu)
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLD_VENV) runs .pytest_cache .mypy_cache .ruff_cache

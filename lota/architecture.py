@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,28 @@ def build_on_meta(folder: Path, model_facts: Mapping[str, Any] | None = None) ->
     config = transformers.AutoConfig.from_pretrained(folder)
     set_entries(config, (model_facts or {}).get("config") or {})
     named = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
+    with torch.device("meta"), without_zero3():
         model: nn.Module = (
             transformers.AutoModelForCausalLM.from_config(config) if named is None else named._from_config(config)
         )
     return model
+
+
+@contextmanager
+def without_zero3() -> Iterator[None]:
+    """Models that are made in the block are whole ones of this process: the ZeRO-3 configuration that a Trainer
+    registered with transformers, for its own model, is set aside. Sharding would wait for ranks that do not take part.
+    """
+    from transformers.integrations import deepspeed as registry
+
+    reference = registry._hf_deepspeed_config_weak_ref
+    registered = None if reference is None else reference()
+    registry.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if registered is not None:
+            registry.set_hf_deepspeed_config(registered)
 
 
 def set_entries(config: Any, entries: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ from lota.selection.kinds import IN_BLOCKS
 from lota.ticket import Mask, Ticket
 from lota.zero.calibration import CalibrationRun
 from lota.zero.deepspeed.engine import substituted
+from lota.zero.deepspeed.saving import WithoutWrongAdvice
 from lota.zero.training import SparseRun
 
 _LOG = logging.getLogger("lota")
@@ -200,6 +201,7 @@ def sparse_zero3(
 def _block(run: CalibrationRun | SparseRun) -> Iterator[None]:
     has_failed = True
     join_world()
+    advice = WithoutWrongAdvice()
     hook = register_optimizer_step_pre_hook(run.check_step)
     try:
         with substituted(run, run.optimizer_class):
@@ -207,6 +209,7 @@ def _block(run: CalibrationRun | SparseRun) -> Iterator[None]:
         has_failed = False
     finally:
         hook.remove()
+        advice.restore()
         run.close(has_failed)
 
 

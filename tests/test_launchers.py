@@ -90,3 +90,31 @@ def test_a_recipe_takes_the_configuration_that_accelerate_launch_brings(folder: 
     summary = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["world_size"] == 2 and summary["training"]["report"]["steps"] == 2
     assert "deepspeed" not in (folder / "run" / "config.yaml").read_text(encoding="utf-8")
+
+
+MODULES = {
+    "lota": ("-m", "lota", "train"),
+    "deepspeed": (
+        *("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "--master_port", "PORT"),
+        *("lota", "train"),
+    ),
+    "torchrun": (
+        *("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "PORT"),
+        *("-m", "lota", "train"),
+    ),
+    "deepspeed lota.train": (
+        *("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "--master_port", "PORT", "lota.train"),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", MODULES)
+def test_the_job_is_a_module_of_the_package(folder: Path, how: str, tmp_path: Path) -> None:
+    """`lota train`, alone and as the ranks of a launcher, away from any checkout, with the packaged ZeRO-3 file."""
+    options = {"model_name_or_path": "base", "train_file": "train.jsonl", "output_dir": str(tmp_path / "run")}
+    options |= {"score": "random", "max_steps": "1", "per_device_train_batch_size": "2", "learning_rate": "1e-2"}
+    words = (port() if word == "PORT" else word for word in MODULES[how])
+    start(folder, *words, *(word for name, value in options.items() for word in (f"--{name}", value)))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["world_size"] == (1 if how == "lota" else 2) and summary["training"]["report"]["steps"] == 1
+    assert summary["training"]["last_step_loss"] is not None, "a run shorter than logging_steps shows its losses"

@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
         text="""
 Make a small base model (kept in ~/.cache/lota), fine-tune it whole and as a ticket on two ranks, and print what each
 learned, forgot, held in memory and sent. Needs no GPU and no network; about 5 minutes on two cores.""",
-        examples="lota demo",
+        examples="lota demo --output_dir runs/demo",
     )
     parser.add_argument(
         "--output_dir",

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
         print(line)
 
 
-def model_choice(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
+def model_choice(args: argparse.Namespace) -> tuple[str | None, dict[str, Any] | None]:
     """The class and the entries of config.json to plan with: those of `--architecture` and `--set`, else what the
     ticket of `--mask` says of a model with more tensors than its base."""
     facts: dict[str, Any] = {}
@@ -126,7 +126,7 @@ def model_choice(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
             entries[key] = json.loads(value)
         except json.JSONDecodeError:
             entries[key] = value
-    return args.architecture or facts.get("class"), entries
+    return args.architecture or facts.get("class"), entries or None
 
 
 def _group_size(asked: str | None, node_size: int | None, ranks: int) -> int | None:

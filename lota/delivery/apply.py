@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lota.architecture import build_on_meta, missing_names, tied_names
+from lota.architecture import build_on_meta, missing_names, tied_names, without_zero3
 from lota.delivery.card import CARD_NAME, is_card, merged_card
 from lota.delivery.live import check_disjoint, check_is_base, flatten, grown
 from lota.delivery.model_folder import (
@@ -247,7 +247,8 @@ def _rewrite_by_transformers(
         raise ValueError(f"the ticket names {missing}, which {source} does not hold" + did_you_mean(missing, homes))
     say(f"{source} names its tensors otherwise than the model does: loading it whole with transformers")
     dtype = dtype or _dtype_of_training(tickets)
-    model = type(skeleton).from_pretrained(source, config=skeleton.config, dtype=dtype or "auto")
+    with without_zero3():
+        model = type(skeleton).from_pretrained(source, config=skeleton.config, dtype=dtype or "auto")
     stored = model.state_dict(keep_vars=True).keys()
     tensors = dict([*model.named_parameters(), *(item for item in model.named_buffers() if item[0] in stored)])
     unknown = next((name for ticket in tickets for name in ticket.names if name not in tensors), None)

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lota.architecture import tied_names
+from lota.architecture import tied_names, without_zero3
 from lota.delivery.model_folder import tensor_files
 from lota.messages import did_you_mean
 
@@ -44,5 +44,6 @@ def base_weights(
         return read
     say(f"{folder} names its tensors otherwise than the model does: loading it whole with transformers")
     known: Any = type(skeleton)
-    loaded = known.from_pretrained(folder, dtype=dtype or "auto").state_dict()
+    with without_zero3():
+        loaded = known.from_pretrained(folder, dtype=dtype or "auto").state_dict()
     return lambda name: loaded[name].detach()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lota.architecture import set_entries
+from lota.architecture import set_entries, without_zero3
 
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
@@ -121,9 +121,8 @@ def shapes_of_config(
     items = {None: 2, "bfloat16": 2, "float16": 2, "float32": 4}
     if dtype not in items:
         raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
-    # The class itself: under a ZeRO-3 configuration `from_config` would shard, which all ranks must do together.
     made = _class(config, name, architecture)
-    with torch.device("meta"):
+    with torch.device("meta"), without_zero3():
         model = made(config)
     shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
     uses = sum(parameter.numel() for _, parameter in model.named_parameters(remove_duplicate=False))

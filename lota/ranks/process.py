@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
+from lota.ranks.quiet import quiet_libraries
 from lota.ranks.watch import RankWatch
 
 RESUME = " Resume with the same command and --resume_from_checkpoint true."
@@ -29,6 +30,7 @@ def run_job(main: Callable[[], None], advice: str = "") -> None:
     """
     global _advice
     _advice = advice
+    quiet_libraries()
     try:
         main()
     except Exception as error:  # noqa: BLE001 (reported to all ranks)

@@ -46,15 +46,21 @@ class LotaArguments(SourceArguments):
     shard_group_size: str | None = field(
         default=None, metadata={"help": "Ranks that share one copy of the weights: a number, node or world (world)."}
     )
-    gradient_reduction: str = field(default="auto", metadata={"help": "auto, compact or dense."})
+    gradient_reduction: str = field(
+        default="auto",
+        metadata={
+            "help": "compact sends active entries and needs the whole index on each rank; dense sends all and needs a "
+            "share of it; auto decides by memory."
+        },
+    )
     kernels: str = field(default="auto", metadata={"help": "auto, torch or triton."})
     max_skipped_steps: int = field(
         default=choices.MAX_SKIPPED_STEPS,
-        metadata={"help": "So many steps in a row without finite gradients end the run."},
+        metadata={"help": "Stop after this many consecutive steps with non-finite gradients, naming the first tensor."},
     )
     rounding_seed: int | None = field(
         default=None,
-        metadata={"help": "Round fp32 masters into bf16 weights stochastically, by this seed (to nearest)."},
+        metadata={"help": "Round fp32 masters into bf16 weights stochastically, by this seed (none: to nearest even)."},
     )
     ticket_dtype: str | None = field(default=None, metadata={"help": "float32 keeps masters (the weights' own dtype)."})
     lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter (16)."})

@@ -57,6 +57,13 @@ def parse(argv: list[str] | None = None, config_class: type[Config] = RecipeConf
     return lota_args, config
 
 
+def require_output_dir(argv: list[str] | None) -> None:
+    """ValueError where no folder was named for the run: TRL's default would put every run into the same one."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "output_dir" not in {*keys_of_config(argv), *names_on_command_line(argv)}:
+        raise ValueError("output_dir is missing: name a new folder for this run, such as --output_dir runs/mine")
+
+
 def refuse_unknown(names: Sequence[str], known: set[str]) -> None:
     """ValueError for the first option that nothing knows, with the nearest that something does."""
     for name in names:

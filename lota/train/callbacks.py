@@ -41,6 +41,7 @@ class Log(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.num_micro_steps += 1
+        control.should_log |= state.global_step >= state.max_steps  # a short run shows its losses all the same
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         row = dict(logs or {})

@@ -21,8 +21,9 @@ from lota.ranks.process import watch_ranks
 from lota.ranks.stop import listening
 from lota.ranks.world import join_world, print_once, world_size
 from lota.run import ds_config
+from lota.run.arguments import LotaArguments
 from lota.run.folder import RunFolder, versions
-from lota.run.options import Config, LotaArguments, PreferenceConfig, RecipeConfig, parse
+from lota.run.options import Config, PreferenceConfig, RecipeConfig, parse, require_output_dir
 from lota.run.resolve import RunOptions, resolve
 from lota.ticket import Mask
 from lota.train import lora, whole_model
@@ -93,6 +94,7 @@ def parse_options(
     join_world()
     with checked_together():
         args, config = parse(argv, config_class)
+        require_output_dir(argv)
     watch_ranks()
     with checked_together():
         options = resolve(args, config, mask_only=mask_only, argv=argv)

@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, ProgressCallback
+from transformers.utils import logging as transformers_logging
 
 from lota.data import trained_tokens
 from lota.data.dataset import Sets
@@ -64,6 +65,7 @@ class Phase:
         self.config = replace(config, **changes)
         if rank() > 0 or not sys.stderr.isatty():
             disable_progress_bars()
+            transformers_logging.disable_progress_bar()
         # On CPU ranks the arguments set up torch.distributed alone; zero.Init would take the world for one rank.
         deepspeed.init_distributed()
         leave_if_asked(f"before {_DOING[name]}")
@@ -137,6 +139,7 @@ class Phase:
             facts |= {name: value for name, value in scores.items() if name.startswith("eval_rewards/")}
             self._leave_if_complete()
         facts["seconds"] = round(time.monotonic() - started, 2)
+        print_once(f"{self.name}: {losses_line(facts)}")
         return facts
 
     def _leave_if_complete(self) -> None:
@@ -183,6 +186,17 @@ def needs_reference(options: RunOptions, config: Config) -> bool:
     """Whether DPO loads the base once more. An adapter is switched off instead, and with precompute_ref_log_probs TRL
     asks the model before it is trained."""
     return options.is_preference and options.adapter is None and not getattr(config, "precompute_ref_log_probs", False)
+
+
+def losses_line(facts: Mapping[str, Any]) -> str:
+    """What a phase came to, in one line of the log."""
+    parts = [f"{facts['steps']} steps in {facts['seconds']:.0f} s"]
+    if facts.get("last_step_loss") is not None:
+        parts.append(f"training loss {facts['last_step_loss']:.4g} at the end")
+    if facts.get("eval_loss") is not None:
+        before = facts.get("eval_loss_before")
+        parts.append(f"evaluation loss {facts['eval_loss']:.4g}" + (f", {before:.4g} before" if before else ""))
+    return ", ".join(parts)
 
 
 def mean_loss(history: Sequence[Mapping[str, Any]]) -> float | None:

@@ -14,8 +14,9 @@ from lota.ticket import BaseTensor
 from lota.ticket.rows import Rows, span
 from lota.ticket.rows import whole as all_rows
 from lota.zero.block import BUCKET_NUMEL, BlockRun
+from lota.zero.compact.gradient_scores import GradientScores
 from lota.zero.compact.groups import connect, make_groups
-from lota.zero.compact.scores import GradientScores, Piece, TaskVectorScores, WeightScores, piece_of
+from lota.zero.compact.scores import Piece, TaskVectorScores, WeightScores, piece_of
 from lota.zero.deepspeed import weights
 from lota.zero.deepspeed.dense_state import DenseState
 from lota.zero.deepspeed.optimizer import CompactOptimizer

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lota.data import dataset
-from lota.data.options import DataArguments
+from lota.data.options import DataArguments, plan_data
 from lota.delivery.apply import apply_to_checkpoint
 from lota.demo.small_model import save_atomically, train_tokenizer
 from lota.demo.world import World, WorldConfig
@@ -387,7 +387,7 @@ def test_the_rows_are_those_that_a_training_run_is_evaluated_on(tmp_path: Path) 
 
     # Set aside by the run's seed: the very rows.
     args = DataArguments(train_file=[pairs], eval_rows=2)
-    expected = dataset.load(args, seed=7).evaluation
+    expected = dataset.load(plan_data(args), seed=7).evaluation
     assert expected is not None and evaluation_rows(args, 7) == expected.to_list() != evaluation_rows(args, 8)
     assert evaluation_rows(DataArguments(train_file=[pairs], eval_rows=2, eval_file=[text]), 7) == [
         {"prompt": "", "completion": "all of it"}

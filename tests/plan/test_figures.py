@@ -272,7 +272,7 @@ def test_command_knows_a_nodes_ranks(folder, capsys, ranks, expected):
         (["--ranks", "0"], "ranks must be a positive integer, got 0"),
         (["--density", "90"], "Did you mean 0.9?"),
         (["--include", "*.q_prj*"], "matches none"),
-        (["--reduce_every", "step", "--gradient_reduction", "dense"], "needs gradient_reduction compact"),
+        (["--reduce_every", "step", "--gradient_reduction", "dense"], "would keep whole gradients on every rank"),
     ],
 )
 def test_bad_options_end_in_one_line(folder, capsys, arguments, message):

@@ -47,7 +47,7 @@ def test_curves_are_what_was_logged_last_and_finite(run: Path) -> None:
 
 
 def test_it_is_drawn_alone_and_in_part(run: Path) -> None:
-    subprocess.run([sys.executable, "-m", "lota.run.report", str(run)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "lota", "report", str(run)], check=True, capture_output=True)
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     (run / "metrics.jsonl").unlink()
     draw_report(run, {})

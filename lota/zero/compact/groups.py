@@ -11,7 +11,8 @@ import torch.distributed as dist
 from lota.zero.compact.reduction import ReductionGroups
 
 # torchrun's name and that of DeepSpeed's launcher.
-_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+# DeepSpeed's launcher, torchrun. In this order: on CPUs transformers sets torchrun's to 1 where it is not set.
+_LOCAL_SIZES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)

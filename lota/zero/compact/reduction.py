@@ -9,12 +9,12 @@ added up in fp32; an all-reduce adds in bf16.
 
 Ranks may disagree about which tensors were used. Buckets therefore leave in one order that all ranks share, on process
 groups of their own, asynchronously; a bucket that is not full by the end of backward is sent then, with zeros for what
-is missing. Buckets that some rank could not fill in time leave after the others from then on (`_Turns`). A rank never
+is missing. Buckets that some rank could not fill in time leave after the others from then on (`Turns`). A rank never
 waits forever inside backward for a bucket, because another rank may need this one's weights first: it waits for older
 buckets for its patience only, and then keeps full buckets until there is room or backward is over. So at most
 `_IN_FLIGHT + 1` buckets are on their way at any time.
 
-A bucket passes through: being filled (`_Bucket.buffer`) -> first leg, to its owners (`_Flight.sent` is set) -> second
+A bucket passes through: being filled (`Bucket.buffer`) -> first leg, to its owners (`_Flight.sent` is set) -> second
 leg, summed, across replicas (`sent` is None) -> delivered.
 """
 
@@ -23,19 +23,19 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lota.zero.compact.buckets import Bucket, Turns, plan_buckets, rows_in_bucket, starts_in_bucket
 
 PATIENCE = 2.0
 """Most seconds that a rank inside a backward waits for older buckets: a network slower than it is waited for."""
 
 _LEAST_PATIENCE = 0.01
 _IN_FLIGHT = 2
-_FIRST_PENALTY = 16  # backwards
 
 
 @dataclass(frozen=True)
@@ -55,36 +55,6 @@ class ReductionGroups:
         return self.shard is None and self.replica is None
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Entries of one slot in a bucket that stands owner after owner: `count` of each of `num_owners` owners from
-    `first_owner` on, the first at `start`, the next ones `stride` further each."""
-
-    first_owner: int
-    num_owners: int
-    count: int
-    start: int
-    stride: int
-
-    def of(self, buffer: Tensor) -> Tensor:
-        return buffer.as_strided((self.num_owners, self.count), (self.stride, 1), buffer.storage_offset() + self.start)
-
-
-@dataclass
-class _Bucket:
-    slots: range
-    numel: int
-    send_splits: list[int]
-    own_numel: int
-    buffer: Tensor | None = None
-    arrived: set[int] = field(default_factory=set)
-    is_launched: bool = False
-
-    @property
-    def is_full(self) -> bool:
-        return len(self.arrived) == len(self.slots)
-
-
 @dataclass
 class _Flight:
     """A bucket on its way: to its owners (`sent` is set), then, summed, to the replicas."""
@@ -93,33 +63,6 @@ class _Flight:
     work: dist.Work | None
     values: Tensor
     sent: Tensor | None
-
-
-class _Turns:
-    """In which order buckets leave: the same on every rank, because all learn from the same agreed facts.
-
-    A bucket that one rank cannot fill (a conditional branch that it did not take) would hold up every bucket behind it
-    on that rank, and the other ranks would wait for those. So it leaves after backward, behind all others, until it was
-    full on every rank in `penalty` backwards in a row; the penalty doubles at each relapse. Values do not depend on the
-    order: every bucket has entries of its own.
-    """
-
-    def __init__(self, num_buckets: int) -> None:
-        self._sits_out, self._penalty = [0] * num_buckets, [_FIRST_PENALTY // 2] * num_buckets
-        self.order = list(range(num_buckets))
-        self.num_early = num_buckets
-
-    def learn(self, unfilled: Sequence[int]) -> None:
-        """unfilled: buckets that some rank had not filled when its backward ended, the same on all ranks."""
-        for index in range(len(self._sits_out)):
-            self._sits_out[index] = max(0, self._sits_out[index] - 1)
-        for index in unfilled:
-            if self._sits_out[index] == 0:
-                self._penalty[index] *= 2
-            self._sits_out[index] = self._penalty[index]
-        early = [index for index, turns in enumerate(self._sits_out) if not turns]
-        self.order = early + [index for index, turns in enumerate(self._sits_out) if turns]
-        self.num_early = len(early)
 
 
 class GradientReducer:
@@ -151,11 +94,11 @@ class GradientReducer:
         self.wire, self.by_owner = wire, by_owner
         self.counts, self.groups, self.device, self.reduce_every = counts, groups, device, reduce_every
         self._deliver = deliver
-        self._buckets = _plan_buckets(counts, bucket_numel, groups.shard_rank)
+        self._buckets = plan_buckets(counts, bucket_numel, groups.shard_rank)
         self._bucket_of = {slot: b for b, bucket in enumerate(self._buckets) for slot in bucket.slots}
-        self._start = {} if by_owner else _starts_in_bucket(counts, self._buckets)
-        self._rows = _rows_in_bucket(counts, self._buckets) if by_owner else {}
-        self._turns = _Turns(len(self._buckets))
+        self._start = {} if by_owner else starts_in_bucket(counts, self._buckets)
+        self._rows = rows_in_bucket(counts, self._buckets) if by_owner else {}
+        self._turns = Turns(len(self._buckets))
         self._next = 0  # place in the order of the next bucket to leave
         self._flights: deque[_Flight] = deque()
         self._late: dict[int, Tensor] = {}
@@ -299,9 +242,10 @@ class GradientReducer:
         if groups.shard is None:
             self._flights.append(self._to_replicas(index, buffer))
             return
-        sent = buffer.to(self.wire)
+        sent = buffer.to(self.wire)  # [numel], owner after owner below
         if not self.by_owner:
             sent = self._pack_by_owner(bucket, sent)
+        # [shard_size * own_numel]: from every rank the entries that this one owns
         received = torch.empty(groups.shard_size * bucket.own_numel, dtype=self.wire, device=self.device)
         work = dist.all_to_all_single(
             received,
@@ -322,8 +266,9 @@ class GradientReducer:
         self.bytes_sent += values.nbytes
         return _Flight(index, dist.all_reduce(values, group=self.groups.replica, async_op=True), values, None)
 
-    def _pack_by_owner(self, bucket: _Bucket, buffer: Tensor) -> Tensor:
+    def _pack_by_owner(self, bucket: Bucket, buffer: Tensor) -> Tensor:
         """Reorder slot after slot into owner after owner."""
+        # [slots * shard_size] pieces, slot by slot; every shard_size-th of them belongs to the same owner
         pieces = buffer.split([n for slot in bucket.slots for n in self.counts[slot]])
         size = self.groups.shard_size
         return torch.cat([piece for rank in range(size) for piece in pieces[rank::size]])
@@ -368,7 +313,7 @@ class GradientReducer:
         assert flight.work is not None
         flight.work.wait()
         # One after the other, from rank 0 on: the same bits every time, on whatever ranks own the entries.
-        pieces = flight.values.view(self.groups.shard_size, -1)
+        pieces = flight.values.view(self.groups.shard_size, -1)  # [shard_size, own_numel]
         total = pieces[0].float()
         for piece in pieces[1:]:
             total.add_(piece)
@@ -377,6 +322,7 @@ class GradientReducer:
     def _retire(self, flight: _Flight) -> None:
         if flight.work is not None:
             flight.work.wait()
+        # [own_numel] sums over all ranks become the mean that DeepSpeed's loss scaling expects
         self._deliver(self._buckets[flight.bucket].slots, flight.values.float().mul_(1.0 / self.groups.world_size))
 
     def _agree(self, unfilled: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -384,7 +330,7 @@ class GradientReducer:
         some rank had not filled. One number for each bucket: the ranks that lack it, and `base` times those it is late
         on."""
         base = self.groups.world_size + 1
-        numbers = torch.zeros(len(self._buckets), dtype=torch.int32)
+        numbers = torch.zeros(len(self._buckets), dtype=torch.int32)  # [buckets], counts of ranks in two digits
         numbers[list(unfilled)] += 1
         numbers[list(self._late)] += base
         numbers = numbers.to(self.device)
@@ -393,55 +339,3 @@ class GradientReducer:
         found = numbers.tolist()
         late = [index for index, number in enumerate(found) if number >= base]
         return late, [index for index, number in enumerate(found) if number % base]
-
-
-def _plan_buckets(counts: Sequence[Sequence[int]], bucket_numel: int, rank: int) -> list[_Bucket]:
-    """Consecutive slots, last slots first: backward produces gradients roughly in reverse order."""
-    buckets: list[_Bucket] = []
-    stop = len(counts)
-    while stop > 0:
-        start, numel = stop - 1, sum(counts[stop - 1])
-        while start > 0 and numel + sum(counts[start - 1]) <= bucket_numel:
-            start -= 1
-            numel += sum(counts[start])
-        splits = [sum(column) for column in zip(*counts[start:stop], strict=True)]
-        buckets.append(_Bucket(range(start, stop), numel, splits, splits[rank]))
-        stop = start
-    return buckets
-
-
-def _starts_in_bucket(counts: Sequence[Sequence[int]], buckets: Sequence[_Bucket]) -> dict[int, int]:
-    starts: dict[int, int] = {}
-    for bucket in buckets:
-        position = 0
-        for slot in bucket.slots:
-            starts[slot] = position
-            position += sum(counts[slot])
-    return starts
-
-
-def _rows_in_bucket(counts: Sequence[Sequence[int]], buckets: Sequence[_Bucket]) -> dict[int, list[_Rows]]:
-    """Where every slot's entries stand in buckets that stand owner after owner.
-
-    The first owners have equally many entries of every slot, so theirs are one strided block; the last ones, whose
-    pieces of a tensor are short or empty, come one by one.
-    """
-    rows: dict[int, list[_Rows]] = {}
-    for bucket in buckets:
-        size, stride = len(bucket.send_splits), bucket.send_splits[0]
-        num_alike = min(_num_like_first(counts[slot]) for slot in bucket.slots)
-        begins = list(accumulate(bucket.send_splits, initial=0))[:size]
-        for slot in bucket.slots:
-            row = counts[slot]
-            block = _Rows(0, num_alike, row[0], begins[0], stride)
-            rest = [_Rows(owner, 1, row[owner], begins[owner], row[owner]) for owner in range(num_alike, size)]
-            rows[slot] = [run for run in (block, *rest) if run.count]
-            begins[0] += row[0]
-            for owner in range(num_alike, size):
-                begins[owner] += row[owner]
-    return rows
-
-
-def _num_like_first(row: Sequence[int]) -> int:
-    """How many leading numbers equal the first."""
-    return next((place for place, number in enumerate(row) if number != row[0]), len(row))

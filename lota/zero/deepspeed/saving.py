@@ -58,6 +58,21 @@ def write_note(folder: Path) -> None:
         write_text(folder / NOTE_NAME, _NOTE)
 
 
+class WithoutWrongAdvice(logging.Filter):
+    """Until `restore`, the Trainer does not tell readers of its log to run zero_to_fp32.py, which makes nothing of the
+    state of a block; what a save writes here is said by `say_no_weights`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        logging.getLogger("transformers.trainer").addFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "zero_to_fp32" not in record.getMessage()
+
+    def restore(self) -> None:
+        logging.getLogger("transformers.trainer").removeFilter(self)
+
+
 class GuardedSave:
     """From now until `restore`, `model.save_pretrained(folder)` raises ValueError while the weights are sharded: it
     would write tensors without elements. With a state_dict of whole tensors it works as usual."""

@@ -52,7 +52,7 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
 def test_values_come_back(value):
     _assert_same(state_codec.decode(_through_json(state_codec.encode(value))), value)
 

@@ -44,7 +44,7 @@ def test_a_process_that_nothing_launched_is_a_node(monkeypatch):
         (
             "node",
             {"RANK": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"},
-            r"does not divide the 8 ranks \(3 on this node\); every node needs as many",
+            r"does not divide the 8 ranks \(3 on this node\); every node needs the same number",
         ),
     ],
 )

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from lota.zero.compact.buckets import Turns
 from lota.zero.compact.groups import make_groups
 from lota.zero.compact.layout import owned_range
-from lota.zero.compact.reduction import GradientReducer, ReductionGroups, _Turns
+from lota.zero.compact.reduction import GradientReducer, ReductionGroups
 from lota.zero.compact.whole_gradients import WholeGradients
 
 
@@ -171,7 +172,7 @@ def _impatient_rounds(num_slots: int, size: int, uses: list[list[list[int]]]) ->
 
 
 def test_a_bucket_that_was_not_full_leaves_last_until_it_was_full_for_long():
-    turns = _Turns(4)
+    turns = Turns(4)
     turns.learn([1])
     assert (turns.order, turns.num_early) == ([0, 2, 3, 1], 3)
     backwards = _until_early(turns, 1)
@@ -183,7 +184,7 @@ def test_a_bucket_that_was_not_full_leaves_last_until_it_was_full_for_long():
     assert _until_early(turns, 1) == 4 * backwards, "not full again while it is last anyway: no relapse"
 
 
-def _until_early(turns: _Turns, bucket: int) -> int:
+def _until_early(turns: Turns, bucket: int) -> int:
     for number in itertools.count():
         if bucket in turns.order[: turns.num_early]:
             return number
