@@ -17,7 +17,7 @@ from tests.train.test_end_to_end import ROOT
 SCRIPT = """
 import os, sys, time
 import torch, torch.distributed as dist
-from lota.zero.world import join_world
+from lota.ranks.world import join_world
 from lota.ranks.process import run_job, watch_ranks
 
 def main():

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerState
 
 from lota.ranks.stop import EXIT_STATUS, SIGNALS, listening
 from lota.run.checkpoints import newest
-from lota.train import phase
+from lota.train.phase import Phase
 from tests.rank_pool import RankPool
 from tests.train.jobs import ROOT, run_recipe, summary
 from tests.train.test_end_to_end import command_of, world
@@ -39,9 +39,9 @@ def stopped(argv: list[str], number: int, to_rank: int, phase: str, moment: str,
             os.kill(os.getpid(), number)
 
     setattr(Signals, moment, send)
-    build = phase.Phase.__init__
+    build = Phase.__init__
 
-    def build_and_watch(self: phase.Phase, name: str, *args: Any, **changes: Any) -> None:
+    def build_and_watch(self: Phase, name: str, *args: Any, **changes: Any) -> None:
         build(self, name, *args, **changes)
         if name == phase:
             self.trainer.add_callback(Signals())
@@ -50,7 +50,7 @@ def stopped(argv: list[str], number: int, to_rank: int, phase: str, moment: str,
 
     before = [signal.getsignal(known) for known in SIGNALS]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phase.Phase, "__init__", build_and_watch)
+        patch.setattr(Phase, "__init__", build_and_watch)
         try:
             run_recipe("train_lota", argv)
         except SystemExit as end:
