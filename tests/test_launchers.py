@@ -68,7 +68,10 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    # The package's own job runs under torchrun below.
+    "launcher", [pytest.param(name, marks=[pytest.mark.slow] * (name == "torchrun")) for name in LAUNCHERS]
+)
 def test_the_readme(folder: Path, launcher: str) -> None:
     shutil.rmtree(folder / "ticket", ignore_errors=True)
     words = LAUNCHERS[launcher]
@@ -108,7 +111,9 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("how", MODULES)
+@pytest.mark.parametrize(
+    "how", [pytest.param(name, marks=[pytest.mark.slow] * (name == "deepspeed lota.train")) for name in MODULES]
+)
 def test_the_job_is_a_module_of_the_package(folder: Path, how: str, tmp_path: Path) -> None:
     """`lota train`, alone and as the ranks of a launcher, away from any checkout, with the packaged ZeRO-3 file."""
     options = {"model_name_or_path": "base", "train_file": "train.jsonl", "output_dir": str(tmp_path / "run")}

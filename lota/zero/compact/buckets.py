@@ -87,6 +87,7 @@ def plan_buckets(counts: Sequence[Sequence[int]], bucket_numel: int, rank: int) 
         while start > 0 and numel + sum(counts[start - 1]) <= bucket_numel:
             start -= 1
             numel += sum(counts[start])
+        # [shard_size]: entries of the bucket that each owner gets
         splits = [sum(column) for column in zip(*counts[start:stop], strict=True)]
         buckets.append(Bucket(range(start, stop), numel, splits, splits[rank]))
         stop = start

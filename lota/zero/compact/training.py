@@ -110,9 +110,10 @@ class SparseTraining:
         return self._place[name]
 
     def _deliver(self, slots: range, values: Tensor) -> None:
+        # values: fp32 [own entries of all these slots], slot after slot
         for position in slots:
             state, slot = self._order[position]
-            count = slot.counts[self.groups.shard_rank]
+            count = slot.counts[self.groups.shard_rank]  # active entries of this tensor that this rank owns
             state.accumulate(slot, values[:count])
             values = values[count:]
 
@@ -122,10 +123,10 @@ class SparseTraining:
         for position in slots:
             stretch = self._whole.stretches[position]
             state, slot = self._order[stretch.tensor]
-            count = stretch.counts[self.groups.shard_rank]
-            entries = self._entries[position]
+            count = stretch.counts[self.groups.shard_rank]  # all entries of the stretch in this rank's partition
+            entries = self._entries[position]  # the active ones among them, as a slice of the compact vectors
             positions = state.local_index.positions(entries.start, entries.stop)
-            piece = values[:count].to(positions.device)
+            piece = values[:count].to(positions.device)  # [count], whole gradients from flat `offset` on
             state.gradient[entries].add_(piece.index_select(0, positions.sub_(slot.local_origin + stretch.offset)))
             values = values[count:]
 
@@ -135,6 +136,7 @@ class SparseTraining:
         found: list[slice] = []
         for (state, slot), slots in zip(self._order, self._whole.slots, strict=True):
             entries, index = state.entries(slot), state.local_index
+            # local position at which each stretch begins; entries before it belong to earlier stretches
             edges = [slot.local_origin + self._whole.stretches[position].offset for position in slots]
             where = torch.tensor(edges, dtype=torch.int64, device=index.base.device)
             bounds = [*index.entries_before(where).tolist(), entries.stop]
@@ -144,7 +146,7 @@ class SparseTraining:
     def add_gradient(self, name: str, gradient: Tensor) -> None:
         """Hand a tensor's gradient (any float dtype, whole tensor) to the reduction, compacted first if it can be."""
         self._gradients.arrive()
-        reducer, flat = self._reducer, gradient.reshape(-1)
+        reducer, flat = self._reducer, gradient.reshape(-1)  # [numel of the whole tensor]
         if reducer is None:
             self._accumulate(name, flat)
             return
@@ -159,6 +161,7 @@ class SparseTraining:
         span: dict[str, Any] = {"start": slot.full_start, "stop": stop, "origin": slot.full_origin}
 
         def write(out: Tensor, is_first: bool) -> None:
+            # out: fp32 [num_active of the tensor, over all owners]
             if is_first:
                 gather(flat, full_index, out=out, **span)
             else:
@@ -190,15 +193,15 @@ class SparseTraining:
         changes nothing but the gradients.
         """
         self._gradients.complete()
-        norm = self._squared_norm().sqrt() / loss_scale
+        norm = self._squared_norm().sqrt() / loss_scale  # float64 [], never read on the host
         skip = ~torch.isfinite(norm)
         if self.groups.replica is not None:
             # Replicas hold the same sums; agreeing makes sure that they also draw the same conclusion.
-            agreed = torch.stack((skip.double(), torch.where(skip, 0.0, norm)))
+            agreed = torch.stack((skip.double(), torch.where(skip, 0.0, norm)))  # float64 [2]
             dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.groups.world)
             skip = agreed[0] > 0
             norm = torch.where(skip, torch.inf, agreed[1])
-        scale = torch.full_like(norm, 1.0 / loss_scale)
+        scale = torch.full_like(norm, 1.0 / loss_scale)  # gradients are unscaled and clipped by one factor, in the step
         if clip > 0:
             scale = scale * (clip / (norm + 1e-6)).clamp(max=1.0)
         where = self.states[0].master.device  # one for all: the accelerator, or the host that weights are offloaded to

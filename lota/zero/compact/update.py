@@ -73,6 +73,7 @@ class _KernelUpdate:
             if state.group not in prepared:
                 number = self._count(state.group, skip)
                 prepared[state.group] = self._scalars(group, scale, skip, number), self._key(number)
+            # scalars: fp32, what changes with the step (learning rate, bias corrections, scale, skip), on the device
             scalars, key = prepared[state.group]
             self._update(state, group, scalars, _rounding(state, key))
 
@@ -134,8 +135,8 @@ class AdamW(_KernelUpdate):
     def _update(self, state: CompactState, group: dict[str, Any], scalars: Tensor, rounding: dict[str, Any]) -> None:
         beta1, beta2 = map(float, group["betas"])
         adamw_(
-            state.weights,
-            state.gradient,
+            state.weights,  # this rank's partition, 16 bit, dense: only active positions are written
+            state.gradient,  # fp32 [local active, padded to tiles], as are masters and moments
             state.local_index,
             state.master,
             state.moments["exp_avg"],
@@ -187,7 +188,7 @@ class TorchOptimizer:
         if bool(skip):
             return
         for state in states:
-            state.gradient.mul_(scale)
+            state.gradient.mul_(scale)  # the kernels take the scale as an argument; a torch optimizer cannot
         self._optimizer.step([self._part(state) for state in states])
         self.write_weights(states)
 
