@@ -21,7 +21,8 @@ OFFLOADED: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"bf16": {"enabled": true},\n}', r"zero\.json, line 2, column 1: not JSON .*no comma after a last entry"),
+        # Python 3.13 points at the comma, earlier ones behind it.
+        ('{"bf16": {"enabled": true},\n}', r"zero\.json, line [12], column \d+: not JSON .*no comma after a last"),
         ('{"stage": 3 // three\n}', r"line 1, column 13: not JSON .*JSON knows no comments"),
         ("[3]", r"zero\.json must hold a JSON object, got list"),
     ],

@@ -42,7 +42,7 @@ def edit_manifest(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 def edit_tensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     """Change the safetensors file and every sha256 that speaks of it."""
     file = path / "ticket.safetensors"
-    tensors = load_file(file)
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}  # older safetensors map it
     edit(tensors)
     save_file(tensors, file)
 
