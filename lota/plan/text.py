@@ -67,10 +67,10 @@ def short_lines(plans: Sequence[MethodPlan], layout: Layout) -> list[str]:
     for plan in plans:
         inside, across = plan.sent(layout)
         network = f", {format_bytes(across)} of it over the network" if layout.num_nodes > 1 else ""
+        sent = f", and sends up to {format_bytes(inside + across)} a step{network}" if layout.ranks > 1 else ""
         lines.append(
             f"plan, {plan.name}: a rank holds {format_bytes(plan.held)}, needs {format_bytes(plan.peak)} at most "
-            f"besides activations (in the {plan.peak_moment}), and sends up to {format_bytes(inside + across)} a step"
-            f"{network}"
+            f"besides activations (in the {plan.peak_moment}){sent}"
         )
     return lines
 
