@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,29 +11,137 @@ from typing import Any
 import torch
 from torch import nn
 
+from lota.files import read_json
+from lota.tensor_names import find_names
+
 TEXT_ENTRIES = ("vocab_size", "pad_token_id")
 """Entries of config.json that multimodal models keep in `text_config`."""
 
 
-def build_on_meta(folder: Path, model_facts: Mapping[str, Any] | None = None) -> nn.Module:
+def build_on_meta(
+    folder: Path,
+    model_facts: Mapping[str, Any] | None = None,
+    *,
+    names: Collection[str] = (),
+    as_causal: bool = False,
+    trust_remote_code: bool = False,
+) -> nn.Module:
     """The model of a folder's config.json, as transformers would load it, on the meta device (no memory, no weights).
 
-    The class is the one that the configuration names, else a causal language model. model_facts: what a ticket says of
-    a model with more tensors than its base (see `lota.ticket.Manifest`), whose class and configuration count instead.
-    ValueError without config.json.
+    The class is the one that the configuration names, else a causal language model. names: tensors that it must have;
+    of a multimodal base, a causal language model is its text part, and has other names than the whole. model_facts:
+    what a ticket says of the model that was trained: its class, which comes first, and, of one with more tensors than
+    its base, entries of config.json (see `lota.ticket.Manifest`). as_causal: what the recipes train and score, a causal
+    language model, where the configuration has one. ValueError without config.json.
     """
+    facts = model_facts or {}
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    set_entries(config, facts.get("config") or {})
+    first: nn.Module | None = None
+    for made in _classes(config, str(facts.get("class") or ""), as_causal):
+        try:
+            with torch.device("meta"), without_zero3():
+                model: nn.Module = made(config, trust_remote_code)
+        except Exception as error:  # noqa: BLE001 (whatever transformers makes of odd values)
+            reason = f"{folder}: transformers makes no model of its config.json: {error}"
+            continue
+        first = first or model
+        known = model.state_dict(keep_vars=True)
+        prefix = getattr(model, "base_model_prefix", None)
+        if None not in find_names(names, known, prefix).values():
+            return model
+    if first is None:
+        raise ValueError(reason)
+    return first
+
+
+def read_config(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """A transformers configuration; code that a folder brings along is not run unless asked for. ValueError where there
+    is none, or nothing that transformers knows."""
     import transformers
 
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json: expected the folder of a transformers model")
-    config = transformers.AutoConfig.from_pretrained(folder)
-    set_entries(config, (model_facts or {}).get("config") or {})
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"), without_zero3():
-        model: nn.Module = (
-            transformers.AutoModelForCausalLM.from_config(config) if named is None else named._from_config(config)
-        )
-    return model
+    if isinstance(model, Path) and not (model / "config.json").is_file():
+        raise ValueError(f"{model} holds no config.json: expected the folder of a transformers model")
+    if Path(model).is_dir():
+        _check_sizes(read_json(Path(model) / "config.json"), f"{Path(model) / 'config.json'}")
+    try:
+        return transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # noqa: BLE001 (whatever transformers makes of odd values in the file)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it needs code that its folder brings along: read it, and allow it (trust_remote_code: true, or "
+            reason += "--trust-remote-code for lota plan, apply, revert and export)"
+    raise ValueError(f"{model}: no config.json that transformers understands: {reason}")
+
+
+_COUNTS = re.compile(r"layer|depth|block|expert|stage|num_labels|n_head|num_.*heads|codebook|group", re.IGNORECASE)
+_SIZES = re.compile(r"size|dim|vocab|scale|factor|coef", re.IGNORECASE)
+_MOST, _MOST_COUNTED = 1 << 40, 100_000
+"""Larger sizes in a config.json are a mistake, and would have transformers build for hours: of anything, and of what is
+built one by one."""
+
+
+def _check_sizes(content: Any, where: str) -> None:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and "theta" not in key
+            most = _MOST_COUNTED if _COUNTS.search(key) and not _SIZES.search(key) else _MOST
+            if is_number and not abs(value) <= most:
+                raise ValueError(f"{where}: expected a size that a model can have, got {key}: {value:.6g}")
+            _check_sizes(value, where)
+    elif isinstance(content, list):
+        for value in content[:_MOST_COUNTED]:
+            _check_sizes(value, where)
+
+
+def check_is_name(model: str) -> None:
+    """ValueError where `model` is neither a folder that exists nor can be a name on the hub."""
+    path = Path(model)
+    if path.is_dir():
+        return
+    if path.exists():
+        raise ValueError(f"{model}: expected a model's folder or a name on the hub, got a file")
+    if model.count("/") > 1 or model.startswith((".", "/", "~")) or not model.strip() or model.endswith("/"):
+        raise ValueError(f"{model}: no such folder (and no name on the hub, which is like owner/model)")
+
+
+def check_is_model(folder: Path) -> None:
+    """ValueError for a folder that holds something else, which is named."""
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "ticket.json").is_file():
+        raise ValueError(f"{folder} is a ticket (or a mask), no model: give its base, and the ticket where tickets go")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} is a PEFT adapter, no model: merge it into its base first, and give that folder")
+    if (folder / "config.yaml").is_file() or (folder / "summary.json").is_file():
+        inside = " Its merged/ is a model." if (folder / "merged").is_dir() else ""
+        raise ValueError(f"{folder} is the folder of a run, no model.{inside} Its ticket/ goes onto the base")
+    raise ValueError(f"{folder} holds no config.json: expected the folder of a transformers model")
+
+
+def _classes(config: Any, trained: str, as_causal: bool) -> Iterator[Any]:
+    """Ways to make a model of `config`, the likeliest first: functions of it and of whether its code may run."""
+    import transformers
+
+    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if as_causal and type(config) in causal:
+        yield lambda config, _: transformers.AutoModelForCausalLM.from_config(config)
+    names = dict.fromkeys([trained, *map(str, config.architectures or [])])
+    for name in names:
+        named = getattr(transformers, name, None) if name else None
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            yield lambda config, _, named=named: named._from_config(fitting_config(config, named))
+    yield lambda config, trusted: transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    yield lambda config, trusted: transformers.AutoModel.from_config(config, trust_remote_code=trusted)
+
+
+def fitting_config(config: Any, made: Any) -> Any:
+    """The part of a multimodal configuration that a class of its text part takes."""
+    wanted = getattr(made, "config_class", None)
+    if wanted is None or isinstance(config, wanted):
+        return config
+    parts = (getattr(config, key, None) for key in getattr(config, "sub_configs", None) or {})
+    return next((part for part in parts if isinstance(part, wanted)), config)
 
 
 @contextmanager
@@ -71,40 +179,3 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return {name: names for names in groups.values() for name in names}
-
-
-def filled_names(model: Any, keys: Iterable[str]) -> dict[str, str | None]:
-    """By the name in the model, the checkpoint's key that fills the tensor; None where transformers computes it from
-    one or more keys (fused experts, say). Names are found as transformers finds them when it loads."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    prefix = getattr(model, "base_model_prefix", None)
-    transforms = get_model_conversion_mapping(model) if hasattr(model, "base_model_prefix") else []
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    targets = {source: entry.target_patterns for entry in converters for source in entry.source_patterns}
-    found: dict[str, str | None] = {}
-    for key in keys:
-        name, source = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state:
-            plain, _ = rename_source_key(key, [], [], prefix, state)
-            name, source = (plain, None) if plain in state else (name, source)
-        if source is None:
-            found[name] = key
-        else:
-            found |= {name.replace(targets[source][0], target): None for target in targets[source]}
-    return {name: key for name, key in found.items() if name in state}
-
-
-def missing_names(model: Any, keys: Collection[str]) -> list[str]:
-    """The parameters of a model that no key of a checkpoint fills, and that transformers would make anew; tied ones
-    once."""
-    filled = filled_names(model, keys)
-    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    return [
-        names[0]
-        for names in {tuple(names): names for names in tied_names(model).values()}.values()
-        if not any(name in filled or any(re.search(pattern, name) for pattern in ignored) for name in names)
-    ]

@@ -71,6 +71,7 @@ class Calibration:
             mask = mask.with_dense(
                 self._run.dense, mask.base | {name: self._run.base[name] for name in self._run.dense}
             )
+        mask = mask.with_base(mask.base, self._run.frozen())
         if not keep:
             self._run.release()
         return mask

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
+
+
+def printable(text: str) -> str:
+    """The text in one line without what a terminal would obey or hide: control characters, directions of writing, and
+    halves of characters become escapes."""
+    return "".join(char if _is_plain(char) else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def _is_plain(char: str) -> bool:
+    return char == " " or (char.isprintable() and unicodedata.category(char) not in ("Cf", "Cs", "Cc"))
 
 
 def did_you_mean(word: Any, options: Iterable[Any]) -> str:

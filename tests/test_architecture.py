@@ -8,7 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
-from lota.architecture import build_on_meta, filled_names, missing_names, without_zero3
+from lota.architecture import build_on_meta, without_zero3
+from lota.checkpoint_keys import filled_names, missing_names
 
 SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 16}
 

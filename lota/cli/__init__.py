@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from lota.cli import apply, config, demo, export, inspect, jobs, plan, report, revert
 from lota.cli.needs import missing
+from lota.messages import printable
 
 COMMANDS = (plan, config, inspect, apply, revert, export, report, demo)
 
@@ -21,6 +22,9 @@ COMMANDS = (plan, config, inspect, apply, revert, export, report, demo)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit code 0, or 2 with one line on stderr for what the user gave or the disk refused."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII shows escapes
     parser = argparse.ArgumentParser(
         prog="lota",
         description="Sparse fine-tuning by lottery tickets: train them, look at them, put them on models and take them "
@@ -71,4 +75,4 @@ def _offer_completion(parser: argparse.ArgumentParser) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()))

@@ -22,9 +22,10 @@ def add_parser(commands: Any) -> None:
 Write the checkpoint folder OUT: the base with the tickets' values assigned, in safetensors files like the base's, with
 its configuration and tokenizer and a model card. It loads in transformers, vLLM and the like as any model does.
 
-The base is verified tensor by tensor against the tickets' fingerprints; another model or revision is refused. A base
-stored in another dtype than the ticket was trained in is cast first, as the training did. Several tickets may not
-share an entry. OUT appears whole or not at all.""",
+The base is verified tensor by tensor against the tickets' fingerprints, its frozen tensors too where the tickets know
+them (those of format version 2 do); another model or revision is refused. A base stored in another dtype than the
+ticket was trained in is cast first, as the training did. Several tickets may not share an entry. What was written is
+read back, and OUT appears whole or not at all.""",
         examples="""
 lota apply --base meta-llama/Llama-3.1-8B runs/gsm8k/ticket --out llama-gsm8k
 lota apply --base models/llama runs/math/ticket runs/sql/ticket --out llama-math-sql""",
@@ -39,6 +40,14 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, help="the base model: a folder, or a name on the hub")
     parser.add_argument("--revision", help="branch, tag or commit of a base on the hub")
     parser.add_argument("--dtype", choices=DTYPES, help="cast the base (default: as the ticket was trained)")
+    add_trust_option(parser)
+
+
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """--trust-remote-code."""
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that the model's folder brings along"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,9 +59,16 @@ def run(args: argparse.Namespace) -> None:
 
     tickets = [Ticket.load(path) for path in args.tickets]
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    apply_to_checkpoint(locate(args.base, args.revision), tickets, args.out, dtype=dtype, say=say)
+    verified = apply_to_checkpoint(
+        locate(args.base, args.revision),
+        tickets,
+        args.out,
+        dtype=dtype,
+        trust_remote_code=args.trust_remote_code,
+        say=say,
+    )
     num_active = sum(ticket.num_active for ticket in tickets)
-    print(f"{args.out}: the base with {num_active:,} entries assigned")
+    print(f"{args.out}: the base with {num_active:,} entries assigned; {verified}")
 
 
 def say(text: str) -> None:

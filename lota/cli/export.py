@@ -21,7 +21,8 @@ Write a ticket for tools that know nothing of tickets; OUT appears whole or not 
 
   hf    the merged checkpoint, as `lota apply` writes it
   peft  an adapter of PEFT's type SHiRA: stock PEFT loads it, and computes with exactly the ticket's weights. It takes
-        12 bytes an entry; tensors that SHiRA cannot hold are stored whole. Its README says how to load it.
+        12 bytes an entry; tensors that SHiRA cannot hold are stored whole. The adapter is run once on the base, and its
+        logits compared with the ticket's. Its README says how to load it.
 
 The base is verified tensor by tensor against the ticket's fingerprints; another model or revision is refused.""",
         examples="""
@@ -46,10 +47,20 @@ def run(args: argparse.Namespace) -> None:
     base = locate(args.base, args.revision)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if args.format == "hf":
-        apply_to_checkpoint(base, [ticket], args.out, dtype=dtype, say=say)
-        print(f"{args.out}: the base with {ticket.num_active:,} entries assigned")
+        verified = apply_to_checkpoint(
+            base, [ticket], args.out, dtype=dtype, trust_remote_code=args.trust_remote_code, say=say
+        )
+        print(f"{args.out}: the base with {ticket.num_active:,} entries assigned; {verified}")
         return
-    made = export_peft(ticket, base, args.out, base_name=args.base, dtype=dtype, say=say)
+    made = export_peft(
+        ticket,
+        base,
+        args.out,
+        base_name=args.base,
+        dtype=dtype,
+        trust_remote_code=args.trust_remote_code,
+        say=say,
+    )
     print(
         f"{args.out}: {made.num_sparse_modules} modules sparse with {made.num_entries:,} entries (r {made.rank}), "
         f"{made.num_whole_modules} whole, {made.num_bytes / 2**20:.2f} MiB"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lota.cli.parsers import add_command
+from lota.messages import printable
 
 if TYPE_CHECKING:
     from lota.ticket.manifest import Manifest
@@ -86,6 +87,7 @@ def describe(path: Path, manifest: Manifest) -> dict[str, Any]:
         "files": [MANIFEST_NAME, *files],
         "provenance": manifest.provenance,
         "model": manifest.model,
+        "num_frozen": len(manifest.frozen),
         "num_dense": sum(record.num_active for record in manifest.tensors if record.is_dense),
         "tensors": tensors,
     }
@@ -95,7 +97,7 @@ def report(facts: dict[str, Any]) -> list[str]:
     """The same facts as lines to read."""
     active, changed = facts["num_active"], facts["num_changed"]
     lines = [
-        f"{facts['kind']:<12}{facts['path']}" + (", everything verified" if facts["verified"] else ""),
+        f"{facts['kind']:<12}{printable(facts['path'])}" + (", everything verified" if facts["verified"] else ""),
         f"{'density':<12}{facts['density']:.8g}: {active:,} of {facts['eligible']:,} eligible entries in "
         f"{len(facts['tensors'])} tensors",
         f"{'size':<12}{facts['num_bytes']:,} bytes, {facts['bits_per_eligible_weight']:.3f} bits per eligible weight",
@@ -106,12 +108,17 @@ def report(facts: dict[str, Any]) -> list[str]:
     if changed is not None:
         lines.append(f"{'changed':<12}{changed:,} values differ from the base's" + _share(changed, active))
     known = "fingerprint of every tensor" if facts["has_fingerprints"] else "no fingerprints: any base is accepted"
+    if facts["has_fingerprints"]:
+        rest = f"{facts['num_frozen']} frozen ones too" if facts["num_frozen"] else "frozen ones are not known"
+        known = f"fingerprint of every tensor it names; {rest}"
     lines.append(f"{'base':<12}{', '.join(facts['base_dtypes']) or 'unknown dtype'}; {known}")
     brought = [name for name, tensor in facts["tensors"].items() if tensor["base_rows"] is not None]
     if brought:
-        lines.append(f"{'brings':<12}{', '.join(brought)}, for a {facts['model'].get('class', 'model')}")
+        kind = str(facts["model"].get("class", "model"))
+        lines.append(f"{'brings':<12}{printable(', '.join(brought))}, for a {printable(kind)}")
     if facts["provenance"]:
-        lines += ["", "provenance", *(f"  {key:<18}{_plain(value)}" for key, value in facts["provenance"].items())]
+        shown = {printable(key): printable(_plain(value)) for key, value in facts["provenance"].items()}
+        lines += ["", "provenance", *(f"  {key:<18}{value}" for key, value in shown.items())]
     return [*lines, "", *table({name: (t["num_active"], _numel(t["shape"])) for name, t in facts["tensors"].items()})]
 
 
@@ -120,9 +127,9 @@ def table(counts: dict[str, tuple[int, int]], max_rows: int = _MAX_ROWS) -> list
     from lota.ticket.density_grid import density_grid
 
     grid = density_grid(counts, max_rows)
-    header = ["layer", *grid.columns, "all"]
+    header = ["layer", *map(printable, grid.columns), "all"]
     rows = [
-        [row, *map(_percent, cells), _percent(density)]
+        [printable(row), *map(_percent, cells), _percent(density)]
         for row, cells, density in zip(grid.rows, grid.cells, grid.row_density)
     ]
     rows.append(["all", *map(_percent, grid.column_density), ""])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lota.choices import DENSITY, GRADIENT_REDUCTIONS, REDUCE_EVERY, SCORES, check_density, check_reductions
+from lota.cli.apply import add_trust_option
 from lota.cli.parsers import add_command
 
 if TYPE_CHECKING:
@@ -48,9 +49,7 @@ lota plan models/llama-8b --ranks 8 --json | python -m json.tool""",
     add("--score", choices=SCORES, help="what calibration ranks weights by (task_vector and gradient, for comparison)")
     add("--shard_group_size", help="ranks that share one copy of the weights: a number, node or world (world)")
     add("--communication_data_type", default="fp32", choices=("fp32", "bf16"), help="of compact gradients (fp32)")
-    add(
-        "--gradient_reduction", default="auto", choices=GRADIENT_REDUCTIONS, help="see docs/planning.md (auto)"
-    )
+    add("--gradient_reduction", default="auto", choices=GRADIENT_REDUCTIONS, help="see docs/planning.md (auto)")
     add("--reduce_every", default="micro_step", choices=REDUCE_EVERY, help="reduce gradients so (micro_step)")
     add("--lora_rank", type=int, default=16, help="of the adapters that LoRA is planned with (16)")
     add("--include", action="append", help="pattern of tensor names, instead of all blocks' (default); repeatable")
@@ -62,12 +61,16 @@ lota plan models/llama-8b --ranks 8 --json | python -m json.tool""",
     add("--offload_optimizer", action="store_true", help="dense training's optimizer state in host memory")
     add("--architecture", help="transformers class to plan, such as LlamaForSequenceClassification (a causal LM)")
     add(
-        "--set", action="append", metavar="ENTRY=VALUE", help="plan with another value of an entry of config.json: "
-        "num_labels=3 of a head, vocab_size=128264 where rows were added; repeatable"
+        "--set",
+        action="append",
+        metavar="ENTRY=VALUE",
+        help="plan with another value of an entry of config.json: "
+        "num_labels=3 of a head, vocab_size=128264 where rows were added; repeatable",
     )
     add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of the weights (bfloat16)")
     add("--revision", default="main", help="branch, tag or commit on the hub (main)")
     add("--memory", help="of one accelerator, such as 80GiB: says what fits, and what would make it fit")
+    add_trust_option(parser)
     add("--json", action="store_true", help="one JSON object instead of a table")
 
 
@@ -88,7 +91,12 @@ def run(args: argparse.Namespace) -> None:
     )
     architecture, entries = model_choice(args)
     model = read_model(
-        args.model, revision=args.revision, dtype=args.dtype, architecture=architecture, entries=entries
+        args.model,
+        revision=args.revision,
+        dtype=args.dtype,
+        architecture=architecture,
+        entries=entries,
+        trust_remote_code=args.trust_remote_code,
     )
     choices = make_choices(args, model, layout, memory)
     plans = [choice.make(choice) for choice in choices]

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lota.cli.apply import say
+from lota.cli.apply import add_trust_option, say
 from lota.cli.parsers import add_command
 
 
@@ -19,14 +19,16 @@ def add_parser(commands: Any) -> None:
         text="""
 Write the checkpoint folder OUT: TUNED with the base values that the tickets hold put back.
 
-It is checked first that every entry of the tickets has the ticket's value, and then that every tensor has the base's
-fingerprint, so OUT is the base bit for bit, or is not written. Give all the tickets that were applied.""",
+It is checked first that every entry of the tickets has the ticket's value, and then that every tensor that the tickets
+know, frozen ones too, has the base's fingerprint: what they know is the base bit for bit, or OUT is not written. The
+last line says how many tensors that were. Give all the tickets that were applied.""",
         examples="""
 lota revert --tuned llama-gsm8k runs/gsm8k/ticket --out llama-again""",
     )
     parser.add_argument("--tuned", required=True, help="the checkpoint folder that `lota apply` wrote")
     parser.add_argument("tickets", type=Path, nargs="+", metavar="TICKET", help="ticket directories")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist, or be empty")
+    add_trust_option(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from lota.ticket import Ticket
 
     tickets = [Ticket.load(path) for path in args.tickets]
-    revert_checkpoint(locate(args.tuned), tickets, args.out, say=say)
-    verified = all(ticket.mask.base for ticket in tickets)
-    checked = "every tensor has the base's fingerprint" if verified else "no fingerprints to check it against"
-    print(f"{args.out}: the base again, {checked}")
+    verified = revert_checkpoint(
+        locate(args.tuned), tickets, args.out, trust_remote_code=args.trust_remote_code, say=say
+    )
+    print(f"{args.out}: the base again; {verified}")

@@ -4,35 +4,44 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lota.architecture import build_on_meta, missing_names, tied_names, without_zero3
+from lota.checkpoint_keys import is_quantized
 from lota.delivery.card import CARD_NAME, is_card, merged_card
-from lota.delivery.live import check_disjoint, check_is_base, flatten, grown
-from lota.delivery.model_folder import (
-    INDEX_NAME,
-    WEIGHT_SUFFIXES,
-    read_tensor,
-    read_tensors,
-    stored_dtypes,
-    tensor_files,
-)
-from lota.files import new_folder
-from lota.messages import did_you_mean
+from lota.delivery.live import check_disjoint, check_dtype, check_frozen, check_is_base, flatten, grown, rounded
+from lota.delivery.model_folder import stored_dtypes
+from lota.delivery.rewrite import Checkpoint, Say, check_complete, rewrite
+from lota.files import new_folder, read_json_object
+from lota.tensor_names import find_names, need_names
 from lota.ticket import Ticket
 from lota.ticket.manifest import DTYPES
 from lota.ticket.writer import count_changed
 
-Edit = Callable[[str, Tensor | None], Tensor | None]
-"""What becomes of a tensor (None: the source has none of that name); None: it is left out."""
-Say = Callable[[str], None]
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass
+class Verified:
+    """What was held against the base's fingerprints: names of the model's tensors. not_compared: those that the tickets
+    do not know (of format version 1), or that the files hold in another form (quantized)."""
+
+    compared: set[str] = field(default_factory=set)
+    not_compared: set[str] = field(default_factory=set)
+
+    def __str__(self) -> str:
+        if not self.compared:
+            return "the tickets hold no fingerprints to check the base against"
+        text = f"{len(self.compared)} tensors have the base's fingerprint"
+        rest = self.not_compared - self.compared
+        if not rest:
+            return f"all {text}"
+        return f"{text}; {len(rest)} could not be compared, {sorted(rest)[0]} among them"
 
 
 def apply_to_checkpoint(
@@ -41,78 +50,85 @@ def apply_to_checkpoint(
     out: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    finish: Callable[[Path], None] | None = None,
     say: Say | None = None,
-) -> None:
+) -> Verified:
     """Write the checkpoint folder `out`: the safetensors folder `base` with the tickets' values assigned, and a card.
 
-    A file at a time is in memory; other files (configuration, tokenizer) are copied. Tensors and rows that the base
-    does not have are added, and config.json names the class that has them. Tied weights that the files hold twice are
-    edited twice. Where the checkpoint names its tensors differently from the loaded model (mixtures of experts),
-    transformers loads and saves it whole instead. Tickets must be of this base and must not overlap. dtype: cast the
-    base's floating tensors first; None takes the dtype in which the tickets were trained. `out` appears by one rename
-    when it is complete; ValueError leaves nothing
-    behind. say: called with a line for every file.
+    A file at a time is in memory, and of tensors that the model makes of several (fused experts) one; other files of
+    the model are copied. Tensors and rows that the base does not have are added, and config.json names the class that
+    has them. Tied weights that the files hold twice are edited twice. Every tensor that the tickets know, frozen ones
+    too, is held against its fingerprint. Tickets must be of this base and must not overlap.
+
+    dtype: cast the base's floating tensors first; None takes for each the dtype in which it was trained. Those that
+    transformers keeps in fp32 stay so. finish: called with the folder before it appears. `out` appears by one rename
+    when it is complete and was read back; ValueError leaves nothing behind. say: called with a line for every file.
     """
-    base = Path(base)
-    names = [frozenset(ticket.names) for ticket in tickets]
-
-    def edit(name: str, tensor: Tensor | None) -> Tensor | None:
-        concerned = [ticket for ticket, known in zip(tickets, names) if name in known]
-        for ticket in concerned:
-            tensor = grown(ticket.mask, name, tensor)
-        for ticket in concerned:
-            assert tensor is not None
-            check_is_base(ticket.mask, name, tensor)
-        for ticket in concerned:
-            if ticket.mask.active(name):
-                assert tensor is not None
-                flat = flatten(tensor)
-                flat.index_copy_(0, ticket.mask.indices(name), ticket.values(name).to(flat.dtype))
-        return tensor
-
+    base, say, verified = Path(base), say or _silent, Verified()
     with new_folder(out) as folder:
         check_disjoint(tickets)
-        _rewrite(base, folder, tickets, edit, dtype, say or _silent)
+        checkpoint, placed = _open(base, tickets, trust_remote_code)
+        brought = {name for on in placed for name in on.brought}
+        missing = [name for name in checkpoint.missing() if not brought & {name, *checkpoint.tied.get(name, ())}]
+        if missing:
+            more = f" (and {len(missing) - 1} more tensors)" if missing[1:] else ""
+            raise ValueError(
+                f"{base} does not hold {missing[0]}{more}, which {type(checkpoint.model).__name__} has: transformers "
+                "would fill it with random numbers at every loading. Take the whole model as base"
+            )
+
+        def edit(name: str, tensor: Tensor | None) -> Tensor | None:
+            concerned = [(on, on.names[name]) for on in placed if name in on.names]
+            for on, own in concerned:
+                if own in on.active:
+                    tensor = grown(on.ticket.mask, own, tensor)
+            assert tensor is not None
+            for on, own in concerned:
+                verified_here(on, own, name, tensor)
+            for on, own in concerned:
+                if own in on.active:
+                    on.edited.add(own)
+                    _assign(on.ticket, own, tensor)
+            return tensor
+
+        def verified_here(on: _Placed, own: str, name: str, tensor: Tensor) -> None:
+            _verify(on, own, name, tensor, verified)
+
+        cast, is_cast = _casting(checkpoint, placed, dtype, say)
+        concerned = {name for on in placed for name in on.names}
+        added = sorted({name for on in placed for name in on.brought} - set(checkpoint.names))
+        rewrite(checkpoint, folder, edit, concerned=concerned, cast=cast, added=added, say=say)
+        _check_all_edited(placed, base)
+        if is_cast is not None:
+            content = _config(folder)
+            _edit_config(folder, {"torch_dtype" if "torch_dtype" in content else "dtype": _plain(is_cast)})
         for ticket in tickets:
             _edit_config(folder, ticket.model.get("config") or {})
-        (folder / CARD_NAME).write_text(merged_card(tickets, _config(base)), encoding="utf-8")
+        check_complete(folder, checkpoint, _facts(tickets))
+        card = merged_card(tickets, _config(base), None if is_cast is None else _plain(is_cast))
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        if finish is not None:
+            finish(folder)
+    verified.not_compared |= set(checkpoint.names) - verified.compared
+    return verified
 
 
 def revert_checkpoint(
-    tuned: str | os.PathLike[str], tickets: Sequence[Ticket], out: str | os.PathLike[str], *, say: Say | None = None
-) -> None:
+    tuned: str | os.PathLike[str],
+    tickets: Sequence[Ticket],
+    out: str | os.PathLike[str],
+    *,
+    trust_remote_code: bool = False,
+    say: Say | None = None,
+) -> Verified:
     """Write the folder `out`: the checkpoint `tuned` with the tickets' base values put back, which is their base again.
 
-    tickets: all that are on it, with base values. Each must be there: every active entry holds its value. The outcome
-    is held against the base's fingerprints, so it is the base bit for bit, or ValueError and nothing is written. Other
-    files are copied, but for a card that `apply_to_checkpoint` wrote.
+    tickets: all that are on it, with base values. Each must be there: every active entry holds its value. The outcome,
+    frozen tensors too, is held against the base's fingerprints, so what they cover is the base bit for bit, or
+    ValueError and nothing is written. Other files are copied, but for a card that `apply_to_checkpoint` wrote.
     """
-    tuned = Path(tuned)
-    names = [frozenset(ticket.names) for ticket in tickets]
-
-    def edit(name: str, tensor: Tensor | None) -> Tensor | None:
-        concerned = [ticket for ticket, known in zip(tickets, names) if name in known]
-        if concerned and tensor is None:
-            raise ValueError(f"the ticket names {name}, which {tuned} does not hold: it is not this ticket applied")
-        for ticket in concerned:
-            assert tensor is not None
-            _put_back(ticket, name, tensor, tuned)
-        for ticket in concerned:
-            assert tensor is not None
-            try:
-                check_is_base(ticket.mask, name, tensor)
-            except ValueError as error:
-                raise ValueError(
-                    f"{error} Entries outside of the ticket are not the base's: either {tuned} carries another ticket "
-                    "(give all of them), or it was changed since."
-                ) from None
-        rows = min(
-            (base.rows for t in concerned if (base := t.mask.base.get(name)) and base.rows is not None), default=None
-        )
-        if rows is None or tensor is None:
-            return tensor
-        return tensor[:rows].clone() if rows else None
-
+    tuned, say, verified = Path(tuned), say or _silent, Verified()
     for ticket in tickets:
         if not ticket.has_base_values:
             raise ValueError("this ticket holds no base values to put back: take the base model itself")
@@ -120,158 +136,140 @@ def revert_checkpoint(
             raise ValueError("this ticket does not know the base's config.json: take the base model itself")
     with new_folder(out) as folder:
         check_disjoint(tickets)
-        _rewrite(tuned, folder, tickets, edit, None, say or _silent)
+        checkpoint, placed = _open(tuned, tickets, trust_remote_code, is_tuned=True)
+
+        def edit(name: str, tensor: Tensor | None) -> Tensor | None:
+            assert tensor is not None
+            concerned = [(on, on.names[name]) for on in placed if name in on.names]
+            for on, own in concerned:
+                if own in on.active:
+                    on.edited.add(own)
+                    _put_back(on.ticket, own, tensor, tuned)
+            for on, own in concerned:
+                try:
+                    _verify(on, own, name, tensor, verified)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{error} Entries outside of the ticket are not the base's: either {tuned} carries another "
+                        "ticket (give all of them), or it was changed since."
+                    ) from None
+            bases = [on.ticket.mask.base.get(own) for on, own in concerned]
+            rows = min((base.rows for base in bases if base is not None and base.rows is not None), default=None)
+            if rows is None:
+                return tensor
+            return tensor[:rows].clone() if rows else None
+
+        concerned = {name for on in placed for name in on.names}
+        rewrite(checkpoint, folder, edit, concerned=concerned, cast=lambda _, tensor: tensor, say=say)
+        _check_all_edited(placed, tuned)
         for ticket in reversed(tickets):
             entries = dict.fromkeys(ticket.model.get("config") or {})
             _edit_config(folder, entries | (ticket.model.get("base_config") or {}))
-        _check_complete(folder, tuned)
+        reverted = Checkpoint.open(folder, (), None)
+        missing = reverted.missing()
+        if missing:
+            more = f" (and {len(missing) - 1} more tensors)" if missing[1:] else ""
+            raise ValueError(
+                f"{tuned} does not hold {missing[0]}{more}, which {type(reverted.model).__name__} has: it was saved "
+                "again as another kind of model since the tickets were applied. Take the base model itself"
+            )
         card = folder / CARD_NAME
         if card.is_file() and is_card(card.read_text(encoding="utf-8")):
             card.unlink()
+    verified.not_compared |= set(checkpoint.names) - verified.compared
+    return verified
 
 
-def _check_complete(folder: Path, tuned: Path) -> None:
-    """ValueError where the model of config.json has tensors that the files do not hold: some other class of model was
-    saved there since, and transformers would fill the base with random numbers."""
-    try:
-        model = build_on_meta(folder)
-    except (ValueError, OSError, ModuleNotFoundError):
-        return
-    missing = missing_names(model, tensor_files(folder).keys())
-    if missing:
-        more = f" (and {len(missing) - 1} more tensors)" if missing[1:] else ""
+@dataclass
+class _Placed:
+    """A ticket beside a checkpoint. names: by the model's name of a tensor, the ticket's, of frozen tensors too.
+    active: the ticket's own names. brought: tensors of it that the base does not have. edited: own names that were."""
+
+    ticket: Ticket
+    names: dict[str, str]
+    active: frozenset[str]
+    brought: frozenset[str]
+    edited: set[str] = field(default_factory=set)
+
+
+def _open(
+    path: Path, tickets: Sequence[Ticket], trust_remote_code: bool, is_tuned: bool = False
+) -> tuple[Checkpoint, list[_Placed]]:
+    """The checkpoint as the tickets' model, and where each ticket's tensors are in it."""
+    wanted = {name for ticket in tickets for name in ticket.names if is_tuned or not _is_brought(ticket, name)}
+    checkpoint = Checkpoint.open(path, wanted, _facts(tickets), trust_remote_code)
+    return checkpoint, [_place(ticket, checkpoint, is_tuned) for ticket in tickets]
+
+
+def _place(ticket: Ticket, checkpoint: Checkpoint, is_tuned: bool) -> _Placed:
+    known, prefix = set(checkpoint.names), checkpoint.prefix
+    brought = frozenset(name for name in ticket.names if _is_brought(ticket, name))
+    needed = [name for name in ticket.names if is_tuned or name not in brought]
+    if checkpoint.model is not None and is_quantized(checkpoint.model):
+        packed = [name for name, other in find_names(needed, known, prefix).items() if other is None]
+        state = checkpoint.model.state_dict(keep_vars=True)
+        if packed and None not in find_names(packed, state, prefix).values():
+            raise ValueError(
+                f"{packed[0]} is quantized in {checkpoint.path}, as codes and scales, and a ticket changes plain "
+                "weights: load the base with transformers, which dequantizes it, save it in the dtype of training, and "
+                "take that folder as base"
+            )
+    placed = need_names(needed, known, str(checkpoint.path), prefix)
+    names = {other: name for name, other in placed.items()}
+    if len(names) != len(placed):
         raise ValueError(
-            f"{tuned} does not hold {missing[0]}{more}, which {type(model).__name__} has: it was saved again as "
-            "another kind of model since the tickets were applied. Take the base model itself"
+            f"two names of the ticket are one tensor of {checkpoint.path}: {', '.join(sorted(placed)[:4])}"
         )
+    names |= {name: name for name in brought if name not in names}
+    for name, other in find_names(ticket.mask.frozen, known, prefix).items():
+        if other is not None:
+            names.setdefault(other, name)
+    exact = dict(names)
+    for other, name in exact.items():
+        for alias in checkpoint.tied.get(other, ()):
+            if alias not in exact and alias in known and checkpoint.is_copy(other, alias):
+                names[alias] = name
+    return _Placed(ticket, names, frozenset(ticket.names), brought)
 
 
-def _rewrite(
-    source: Path, folder: Path, tickets: Sequence[Ticket], edit: Edit, dtype: torch.dtype | None, say: Say
-) -> None:
-    """Fill `folder` with the checkpoint `source`, cast, and edited tensor by tensor."""
-    homes = tensor_files(source)
-    edit = _on_aliases(edit, _aliases(source, {name for ticket in tickets for name in ticket.names}, homes))
-    new = {name for ticket in tickets for name, base in ticket.mask.base.items() if base.rows == 0} - homes.keys()
-    names = {name: None for ticket in tickets for name in ticket.names if name not in new}
-    missing = next((name for name in names if name not in homes), None)
-    for other in source.iterdir():
-        if other.is_file() and other.suffix not in WEIGHT_SUFFIXES and not (missing and other.name == INDEX_NAME):
-            shutil.copy(other, folder / other.name)
-    if missing is not None:
-        _rewrite_by_transformers(source, folder, tickets, edit, dtype, missing, homes, say)
-        return
-    dtype = dtype or _other_dtype(tickets, homes, say)
-    files = sorted(set(homes.values()))
-    total, kept = 0, dict[str, str]()
-    for number, file in enumerate(files, 1):
-        say(f"{file.name}: {file.stat().st_size / 2**20:,.1f} MiB, file {number} of {len(files)}")
-        added = sorted(new) if number == len(files) else []
-        written = _rewrite_file(file, folder / file.name, edit, dtype, added)
-        total += sum(written.values())
-        kept |= dict.fromkeys(written, file.name)
-    if dtype is not None or kept.keys() != homes.keys() or any(ticket.model for ticket in tickets):
-        _note_contents(folder, dtype, total, kept)
+def _is_brought(ticket: Ticket, name: str) -> bool:
+    base = ticket.mask.base.get(name)
+    return base is not None and base.rows == 0
 
 
-def _aliases(source: Path, names: Collection[str], homes: Mapping[str, Path]) -> dict[str, str]:
-    """Further names under which the files hold tensors `names`: tied weights that were stored twice. transformers ties
-    them where both are equal, and keeps them apart where they are not."""
-    try:
-        tied = tied_names(build_on_meta(source))
-    except ModuleNotFoundError:  # the core alone: what nearly all tied models call the two
-        tied = _tied_by_name(source)
-    except (ValueError, OSError):  # no configuration that transformers knows: names are the files' alone
-        return {}
-    pairs = {
-        alias: name
-        for name in names & tied.keys() & homes.keys()
-        for alias in tied[name]
-        if alias != name and alias in homes and alias not in names
-    }
-    return {alias: name for alias, name in pairs.items() if _are_equal(homes, alias, name)}
+def _facts(tickets: Sequence[Ticket]) -> dict[str, Any]:
+    """The class that was trained, and entries of its config.json: the first ticket's that knows."""
+    for ticket in tickets:
+        if ticket.model:
+            return {"class": ticket.model.get("class"), "config": ticket.model.get("config") or {}}
+    return {"class": next((t.provenance["class"] for t in tickets if t.provenance.get("class")), None)}
 
 
-def _tied_by_name(source: Path) -> dict[str, list[str]]:
-    if _config(source).get("tie_word_embeddings") is False:
-        return {}
-    embeddings = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
-    return {name: [name, "lm_head.weight", "embed_out.weight"] for name in embeddings}
+def _verify(on: _Placed, own: str, name: str, tensor: Tensor, verified: Verified) -> None:
+    """ValueError unless the tensor, in the base's state, has the fingerprint that the ticket knows."""
+    base = on.ticket.mask.identity(own)
+    if own not in on.active:
+        is_compared = check_frozen(on.ticket.mask, own, tensor)
+    else:
+        is_compared = base is not None
+        check_is_base(on.ticket.mask, own, tensor)
+    (verified.compared if is_compared else verified.not_compared).add(name)
 
 
-def _are_equal(homes: Mapping[str, Path], one: str, other: str) -> bool:
-    first, second = read_tensor(homes[one], one), read_tensor(homes[other], other)
-    return first.dtype == second.dtype and torch.equal(first, second)
-
-
-def _on_aliases(edit: Edit, aliases: Mapping[str, str]) -> Edit:
-    return lambda name, tensor: edit(aliases.get(name, name), tensor)
-
-
-def _rewrite_file(file: Path, out: Path, edit: Edit, dtype: torch.dtype | None, added: Sequence[str]) -> dict[str, int]:
-    """Returns the bytes of the tensors by name. added: names to be edited though the file does not hold them."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in read_tensors(file):
-        cast = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        _keep(tensors, name, edit(name, cast))
-    for name in added:
-        _keep(tensors, name, edit(name, None))
-    save_file(tensors, out, metadata={"format": "pt"})
-    return {name: tensor.nbytes for name, tensor in tensors.items()}
-
-
-def _keep(tensors: dict[str, Tensor], name: str, tensor: Tensor | None) -> None:
-    if tensor is not None:
-        tensors[name] = tensor
-
-
-def _rewrite_by_transformers(
-    source: Path,
-    folder: Path,
-    tickets: Sequence[Ticket],
-    edit: Edit,
-    dtype: torch.dtype | None,
-    missing: str,
-    homes: dict[str, Path],
-    say: Say,
-) -> None:
-    """For checkpoints whose names are not the model's: transformers renames both ways; whole in memory."""
-    # The class counts, and not yet the rows that were added: the base's own are loaded first.
-    facts = next((ticket.model for ticket in tickets if ticket.model), {})
-    entries = {key: value for key, value in (facts.get("config") or {}).items() if key != "vocab_size"}
-    try:
-        skeleton: Any = build_on_meta(source, {"config": entries})
-    except ValueError:  # no configuration that transformers knows: names are the files' alone
-        skeleton = torch.nn.Module()
-    if missing not in dict(skeleton.named_parameters(remove_duplicate=False)):
-        raise ValueError(f"the ticket names {missing}, which {source} does not hold" + did_you_mean(missing, homes))
-    say(f"{source} names its tensors otherwise than the model does: loading it whole with transformers")
-    dtype = dtype or _dtype_of_training(tickets)
-    with without_zero3():
-        model = type(skeleton).from_pretrained(source, config=skeleton.config, dtype=dtype or "auto")
-    stored = model.state_dict(keep_vars=True).keys()
-    tensors = dict([*model.named_parameters(), *(item for item in model.named_buffers() if item[0] in stored)])
-    unknown = next((name for ticket in tickets for name in ticket.names if name not in tensors), None)
-    if unknown is not None:
-        raise ValueError(
-            f"the ticket names {unknown}, which {type(model).__name__} does not have: {source} is no base of it"
-        )
-    for name, tensor in tensors.items():
-        made = edit(name, tensor.data)
-        if made is None:
-            raise ValueError(f"{name} cannot be taken out of {source}, whose names are not the model's: take the base")
-        tensor.data = made
-    model.save_pretrained(folder, max_shard_size="5GB")
-    lost = sorted(homes.keys() - tensor_files(folder).keys())
-    if lost:
-        say(f"{len(lost)} tensors that transformers does not load from this checkpoint are left out, {lost[0]} first")
+def _assign(ticket: Ticket, name: str, tensor: Tensor) -> None:
+    if ticket.mask.active(name):
+        values = ticket.values(name)
+        check_dtype(name, tensor.dtype, values.dtype)
+        flat = flatten(tensor)
+        flat.index_copy_(0, ticket.mask.indices(name), rounded(name, values, flat))
 
 
 def _put_back(ticket: Ticket, name: str, tensor: Tensor, tuned: Path) -> None:
     """Assign the base values, if the ticket's own values are what is there."""
     ticket.mask.check_base(name, tuple(tensor.shape), str(tensor.dtype), None)
+    check_dtype(name, tensor.dtype, ticket.base_values(name).dtype)
     flat = flatten(tensor)
-    positions, values = ticket.mask.indices(name), ticket.values(name).to(flat.dtype)
+    positions, values = ticket.mask.indices(name), rounded(name, ticket.values(name), flat)
     num_other = count_changed(flat[positions], values)
     if num_other:
         raise ValueError(
@@ -281,39 +279,63 @@ def _put_back(ticket: Ticket, name: str, tensor: Tensor, tuned: Path) -> None:
     flat.index_copy_(0, positions, ticket.base_values(name).to(flat.dtype))
 
 
-def _dtype_of_training(tickets: Sequence[Ticket]) -> torch.dtype | None:
-    """The dtype in which all the tickets were trained, where it is one."""
-    dtypes = {ticket.mask.base_dtype for ticket in tickets}
-    return dtypes.pop() if len(dtypes) == 1 else None
+def _check_all_edited(placed: Sequence[_Placed], path: Path) -> None:
+    for on in placed:
+        left = sorted(on.active - on.edited)
+        if left:
+            raise ValueError(f"the ticket names {left[0]}, which is in no file of {path}: nothing is written")
 
 
-def _other_dtype(tickets: Sequence[Ticket], homes: dict[str, Path], say: Say) -> torch.dtype | None:
-    """The dtype to cast a checkpoint to that is stored in another one than the tickets were trained in, else None."""
-    dtype = _dtype_of_training(tickets)
-    names = {
-        name
-        for ticket in tickets
-        for name in ticket.names
-        if (base := ticket.mask.base.get(name)) is None or (base.rows != 0 and base.dtype in DTYPES)
-    }
-    stored = stored_dtypes(names, homes)
-    if dtype is None or stored <= {dtype}:
-        return None
-    say(f"stored in {', '.join(sorted(map(_plain, stored)))}, trained in {_plain(dtype)}: writing {_plain(dtype)}")
-    return dtype
+def _casting(
+    checkpoint: Checkpoint, placed: Sequence[_Placed], dtype: torch.dtype | None, say: Say
+) -> tuple[Callable[[str, Tensor], Tensor], torch.dtype | None]:
+    """How tensors are cast before they are edited, and the dtype to note in config.json, None where it stays.
+
+    Tensors with entries of a ticket get the dtype in which it knew them. Where those are stored in another one than all
+    were trained in, or a dtype was asked for, so do the others. What transformers keeps in fp32 is kept, and only
+    floating tensors of 2 to 8 bytes are cast: float8 weights mean nothing without their scales.
+    """
+    recorded: dict[str, torch.dtype] = {}
+    for on in placed:
+        for name, own in on.names.items():
+            base = on.ticket.mask.identity(own)
+            if base is not None and base.dtype in DTYPES:
+                recorded.setdefault(name, getattr(torch, base.dtype))
+    active = {name for on in placed for name, own in on.names.items() if own in on.active}
+    trained = {on.ticket.mask.base_dtype for on in placed}
+    common = trained.pop() if len(trained) == 1 else None
+    other = dtype
+    if dtype is None and common is not None:
+        keys = {checkpoint.key_of(name) for name in active & recorded.keys()}
+        stored = stored_dtypes({key for key in keys if key is not None}, checkpoint.homes)
+        if stored and not stored <= {common}:
+            found = ", ".join(sorted(map(_plain, stored)))
+            say(f"stored in {found}, trained in {_plain(common)}: writing {_plain(common)}")
+            other = common
+    stays = _kept_in_fp32(checkpoint.model, other)
+
+    def cast(name: str, tensor: Tensor) -> Tensor:
+        if tensor.dtype not in _FLOATS:
+            return tensor
+        wanted = recorded.get(name) if name in active or other is not None else None
+        if wanted is None or (dtype is not None and wanted == common):
+            wanted = torch.float32 if stays(name) else other
+        return tensor if wanted is None else tensor.to(wanted)
+
+    return cast, other
 
 
-def _note_contents(folder: Path, dtype: torch.dtype | None, total: int, kept: dict[str, str]) -> None:
-    """Set what the configuration and the index tell of dtype and size, and where tensors lie."""
-    if dtype is not None:
-        content = _config(folder)
-        _edit_config(folder, {"torch_dtype" if "torch_dtype" in content else "dtype": _plain(dtype)})
-    index = folder / INDEX_NAME
-    if index.is_file():
-        content = json.loads(index.read_text(encoding="utf-8"))
-        content.setdefault("metadata", {})["total_size"] = total
-        content["weight_map"] = kept
-        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _kept_in_fp32(model: Any, dtype: torch.dtype | None) -> Callable[[str], bool]:
+    """Which tensors transformers loads in fp32 where the others are loaded in `dtype`."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if not kept or dtype not in (torch.float16, torch.bfloat16):
+        return lambda name: False
+    from transformers.core_model_loading import build_glob_alternation
+
+    pattern = build_glob_alternation(sorted(kept))[0]
+    return lambda name: pattern.search(name) is not None
 
 
 def _edit_config(folder: Path, entries: Mapping[str, Any]) -> None:
@@ -322,6 +344,7 @@ def _edit_config(folder: Path, entries: Mapping[str, Any]) -> None:
     if not entries or not path.is_file():
         return
     content = _config(folder)
+    before = json.dumps(content)
     text = content.get("text_config") or {}
     for key, value in entries.items():
         holder = text if key in text and key not in content else content
@@ -329,7 +352,8 @@ def _edit_config(folder: Path, entries: Mapping[str, Any]) -> None:
             holder.pop(key, None)
         else:
             holder[key] = value
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if json.dumps(content) != before:  # else it stays the base's file, byte for byte
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _plain(dtype: torch.dtype) -> str:
@@ -338,7 +362,7 @@ def _plain(dtype: torch.dtype) -> str:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _silent(_: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lota.files import write_text
+from lota.messages import printable
 from lota.ticket import Manifest, Mask, Ticket, read_manifest
 
 CARD_NAME = "README.md"
@@ -45,7 +47,7 @@ def ticket_card(manifest: Manifest, facts: Mapping[str, Any] | None = None) -> s
         "versions": provenance.get("versions"),
     }
     dtype = f", dtype=torch.{dtypes[0]}" if len(dtypes) == 1 else ""
-    loader, arguments, resized = _loading(manifest.model, "model")
+    loader, arguments, resized = _loading(_model_of(manifest.model, manifest.provenance), "model")
     undo = (
         "It holds the base's values too, so `lota revert --tuned MERGED TICKET --out BASE` makes the base again from "
         "a merged folder."
@@ -53,7 +55,7 @@ def ticket_card(manifest: Manifest, facts: Mapping[str, Any] | None = None) -> s
         else "It holds no base values: keep the base to return to it."
     )
     return f"""{front_matter(provenance, "lota", "adapter")}
-# A lottery ticket for {_short(base)}
+# A lottery ticket for {_cell(_short(base))}
 
 {density:.3%} of the eligible weights of the base, with their new values; every other weight of the model stays the
 base's, bit for bit ({_PAPER}).
@@ -66,21 +68,22 @@ base's, bit for bit ({_PAPER}).
 import lota, torch
 from transformers import {loader}
 
-model = {loader}.from_pretrained("{base}"{arguments}{dtype}){resized}
+model = {loader}.from_pretrained({json.dumps(base)}{arguments}{dtype}){resized}
 applied = lota.apply_(model, lota.Ticket.load("TICKET"))  # this folder; refuses any other base
 applied.revert()                                          # every bit as it was
 ```
 
     lota inspect TICKET
-    lota apply --base {base} TICKET --out MERGED
-    lota export TICKET --base {base} --format peft --out ADAPTER
+    lota apply --base {shlex.quote(printable(base))} TICKET --out MERGED
+    lota export TICKET --base {shlex.quote(printable(base))} --format peft --out ADAPTER
 
 {undo}
 """
 
 
-def merged_card(tickets: Sequence[Ticket], config: Mapping[str, Any]) -> str:
-    """The card of a checkpoint with tickets applied. config: the base's config.json."""
+def merged_card(tickets: Sequence[Ticket], config: Mapping[str, Any], cast_to: str | None = None) -> str:
+    """The card of a checkpoint with tickets applied. config: the base's config.json. cast_to: the dtype that the base
+    was cast to first; None: it was not."""
     provenance = tickets[0].provenance if tickets else {}
     rows = {
         "base": _base_text(provenance),
@@ -94,11 +97,13 @@ def merged_card(tickets: Sequence[Ticket], config: Mapping[str, Any]) -> str:
     title = f"{_short(str(provenance.get('model') or 'A base model'))} with {len(tickets)} lottery tickets applied"
     if len(tickets) == 1:
         title = title.replace("tickets applied", "ticket applied")
+    exactness = "bit for bit" if cast_to is None else f"cast to {cast_to} as for the training"
+    again = "" if cast_to is None else f", in {cast_to}"
     return f"""{front_matter(provenance, "transformers", "finetune")}
-# {title}
+# {_cell(title)}
 
-The base model with the entries below assigned; every other weight is the base's, bit for bit ({_PAPER}). It loads as
-any transformers model. With the ticket, `lota revert --tuned THIS TICKET --out BASE` makes the base again.
+The base model with the entries below assigned; every other weight is the base's, {exactness} ({_PAPER}). It loads as
+any transformers model. With the ticket, `lota revert --tuned THIS TICKET --out BASE` makes the base again{again}.
 
 {_table(rows)}
 """
@@ -109,7 +114,7 @@ def peft_card(ticket: Ticket, base: str, facts: Mapping[str, Any]) -> str:
     and the `dtype` that the base must be loaded in (None: its own)."""
     dtype = facts["dtype"]
     load = f", dtype=torch.{dtype}" if dtype else ""
-    loader, arguments, resized = _loading(ticket.model, "base")
+    loader, arguments, resized = _loading(_model_of(ticket.model, ticket.provenance), "base")
     order = (
         f"{facts['num_ordered']:,} of its {facts['num_entries']:,} entries are made of two differences that must be "
         "added in order, as CPUs do. GPUs add in any order and may miss the value of such an entry, which lies much "
@@ -121,7 +126,7 @@ def peft_card(ticket: Ticket, base: str, facts: Mapping[str, Any]) -> str:
         facts["num_whole_modules"]
     )
     return f"""{front_matter(ticket.provenance, "peft", "adapter")}
-# A lottery ticket for {_short(base)}, as a PEFT adapter
+# A lottery ticket for {_cell(_short(base))}, as a PEFT adapter
 
 Made from a ticket ({_of(ticket.mask)}; {_PAPER}) in the format of PEFT's SHiRA; stock PEFT loads it.{whole}
 
@@ -130,7 +135,7 @@ import torch
 from peft import PeftModel
 from transformers import {loader}
 
-base = {loader}.from_pretrained("{base}"{arguments}{load}){resized}
+base = {loader}.from_pretrained({json.dumps(base)}{arguments}{load}){resized}
 model = PeftModel.from_pretrained(base, ".")  # this folder
 ```
 
@@ -167,13 +172,30 @@ def front_matter(provenance: Mapping[str, Any], library: str, relation: str) -> 
     return "\n".join([*lines, "# license: yours to choose; the base model's terms apply", "---", "", _MARK])
 
 
+def _model_of(model: Mapping[str, Any], provenance: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is known of the trained class: a causal language model is what its Auto class loads."""
+    trained = str(provenance.get("class") or "")
+    is_causal = trained.endswith(("ForCausalLM", "LMHeadModel"))
+    return model or ({"class": trained} if trained and not is_causal and _is_of_transformers(trained) else {})
+
+
+def _is_of_transformers(name: str) -> bool:
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        return False
+    return hasattr(transformers, name)
+
+
 def _loading(model: Mapping[str, Any], variable: str) -> tuple[str, str, str]:
     """The class to load a base with for a ticket's `model`, the arguments for its head, and the line that adds rows."""
     config = model.get("config") or {}
     labels, vocabulary = config.get("id2label"), config.get("vocab_size")
-    resized = f"\n{variable}.resize_token_embeddings({vocabulary})" if vocabulary is not None else ""
-    arguments = f", num_labels={len(labels)}" if labels is not None else ""
-    return str(model.get("class") or "AutoModelForCausalLM"), arguments, resized
+    resized = f"\n{variable}.resize_token_embeddings({vocabulary})" if isinstance(vocabulary, int) else ""
+    arguments = f", num_labels={len(labels)}" if isinstance(labels, (dict, list)) else ""
+    name = str(model.get("class") or "")
+    known = name if name.isidentifier() else "AutoModelForCausalLM"
+    return known, arguments, resized
 
 
 def _base_text(provenance: Mapping[str, Any]) -> str | None:
@@ -198,7 +220,8 @@ def _of(mask: Mask) -> str:
 
 def _table(rows: Mapping[str, Any]) -> str:
     """A Markdown table; rows without a value are left out."""
-    lines = [f"| {key.replace('_', ' ')} | {_plain(value)} |" for key, value in rows.items() if value is not None]
+    shown = {key.replace("_", " "): _plain(value) for key, value in rows.items() if value is not None}
+    lines = [f"| {_cell(key)} | {_cell(value)} |" for key, value in shown.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
@@ -209,5 +232,13 @@ def _plain(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list):
         return "; ".join(map(_plain, value))
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _cell(text: str) -> str:
+    """Text for a cell of a Markdown table, where it is text and nothing else."""
+    text = printable(text.replace("\n", " "))
+    return re.sub(r"([|`*_\[\]#])", r"\\\1", text).replace("<", "&lt;") if _ODD.search(text) else text
+
+
+_ODD = re.compile(r"[|`<>*\[\]#]")

@@ -22,8 +22,10 @@ from lota.architecture import build_on_meta, tied_names
 from lota.delivery.base_weights import base_weights
 from lota.delivery.card import CARD_NAME, peft_card
 from lota.delivery.deltas import PADDING, Deltas, deltas
-from lota.delivery.live import check_is_base, flatten, grown
+from lota.delivery.live import check_frozen, check_is_base, flatten, grown
+from lota.delivery.peft_check import run_adapter
 from lota.files import new_folder
+from lota.tensor_names import find_names, need_names
 from lota.ticket import Ticket
 
 _ENTRY_BYTES = 12  # an fp32 difference and two int32 coordinates
@@ -59,6 +61,7 @@ def export_peft(
     *,
     base_name: str | None = None,
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
     say: Say | None = None,
 ) -> PeftExport:
     """Write the adapter folder `out` for the checkpoint folder `base`; all or nothing, in memory until it is written.
@@ -66,56 +69,109 @@ def export_peft(
     Every value is verified: what PEFT adds to the base gives the ticket's value, as rounded to the weights' dtype.
     dtype: in which the base will be loaded (None: as the ticket was trained, else as stored). base_name: what
     adapter_config.json calls the base (None: the folder). ValueError for another base, for values that are not finite,
-    and for a tensor that no PEFT adapter can hold.
+    and for a tensor that no PEFT adapter can hold. Where PEFT is installed and memory allows, the adapter is loaded on
+    the base and run on a few tokens: modules whose weight their model reads past them go whole, and logits that differ
+    from the ticket's are a ValueError. `say` says where that was not possible.
     """
     base, dtype, say = Path(base), dtype or ticket.mask.base_dtype, say or (lambda _: None)
+    facts = ticket.model or {"class": ticket.provenance.get("class")}
+    skeleton = build_on_meta(base, facts, names=ticket.names, trust_remote_code=trust_remote_code)
+    prefix = getattr(skeleton, "base_model_prefix", None)
+    state = skeleton.state_dict(keep_vars=True)
+    renamed = need_names(ticket.names, state, "the model", prefix)
+    frozen = find_names(ticket.mask.frozen, state, prefix)
+    ticket = ticket.renamed(renamed | {name: other for name, other in frozen.items() if other is not None})
+    whole = _whole_modules(skeleton, [name for name in ticket.names if ticket.mask.active(name)])
+    # Differences need a base: what it lacks is different in every model that is made to hold the adapter.
+    whole |= {_owner(name) for name, tensor in ticket.mask.base.items() if tensor.rows is not None}
+    read = _reader(base, skeleton, ticket, dtype)
+    _check_frozen(ticket, state, read)
     with new_folder(out) as folder:
-        skeleton = build_on_meta(base, ticket.model)
-        whole = _whole_modules(skeleton, [name for name in ticket.names if ticket.mask.active(name)])
-        # Differences need a base: what it lacks is different in every model that is made to hold the adapter.
-        whole |= {_owner(name) for name, tensor in ticket.mask.base.items() if tensor.rows is not None}
-        read = _reader(base, skeleton, ticket, dtype, say)
-        sparse: dict[str, Deltas] = {}
-        for number, name in enumerate(ticket.names, 1):
-            if number % 50 == 0:
-                say(f"tensor {number} of {len(ticket.names)}")
-            weight = read(name)
-            check_is_base(ticket.mask, name, weight)
-            module = _owner(name)
-            if module not in whole and ticket.mask.active(name):
-                flat, positions = flatten(weight), ticket.mask.indices(name)
-                try:
-                    sparse[module] = deltas(positions, flat[positions], ticket.values(name).to(flat.dtype))
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
-        rank, fitting = choose_rank(skeleton, sparse, whole)
-        whole |= sparse.keys() - fitting
-        sparse = {module: sparse[module] for module in sparse if module in fitting} or _stand_in(skeleton, whole)
-        targets, counts = sorted(sparse), [(p.num_entries, p.num_twice, p.num_ordered) for p in sparse.values()]
-        tensors: dict[str, Tensor] = {}
-        for module in targets:  # each leaves memory as its stored form enters
-            tensors |= _sparse_tensors(module, sparse.pop(module), skeleton.get_submodule(module), rank)
-        for module in sorted(whole):
-            tensors |= _whole_tensors(module, skeleton, ticket, read)
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = _config(skeleton, rank, targets, sorted(whole), base_name or str(base), ticket)
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        entries, twice, ordered = (sum(column) for column in zip(*counts))
-        made = PeftExport(rank, len(targets), len(whole), entries, twice, ordered, num_bytes)
-        plain = None if dtype is None else str(dtype).removeprefix("torch.")
-        card = peft_card(ticket, base_name or str(base), {"dtype": plain, **asdict(made)})
-        (folder / CARD_NAME).write_text(card, encoding="utf-8")
-    return made
+        made = _write(ticket, base, folder, base_name or str(base), skeleton, whole, read, dtype, say)
+        outcome = run_adapter(folder, base, ticket, type(skeleton), made.targets, dtype, trust_remote_code)
+        if not outcome.is_equal and outcome.not_called - whole:
+            say(f"{len(outcome.not_called)} modules whose weight is read past them go whole")
+            whole |= outcome.not_called
+            for file in folder.iterdir():
+                file.unlink()
+            made = _write(ticket, base, folder, base_name or str(base), skeleton, whole, read, dtype, say)
+            outcome = run_adapter(folder, base, ticket, type(skeleton), made.targets, dtype, trust_remote_code)
+        if not outcome.is_equal:
+            raise ValueError(
+                f"PEFT does not compute with the ticket's weights in a {type(skeleton).__name__}: the logits of the "
+                "adapter are others than those of the ticket. Use --format hf."
+            )
+        if outcome.reason:
+            say(f"the adapter was not run to verify it: {outcome.reason}")
+    return made.export
 
 
-def _reader(
-    base: Path, skeleton: nn.Module, ticket: Ticket, dtype: torch.dtype | None, say: Say
-) -> Callable[[str], Tensor]:
+@dataclass(frozen=True)
+class _Written:
+    export: PeftExport
+    targets: tuple[str, ...]
+
+
+def _write(
+    ticket: Ticket,
+    base: Path,
+    folder: Path,
+    base_name: str,
+    skeleton: nn.Module,
+    whole: Collection[str],
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype | None,
+    say: Say,
+) -> _Written:
+    """The adapter's files. whole: modules that are stored so."""
+    whole = set(whole)
+    sparse: dict[str, Deltas] = {}
+    for number, name in enumerate(ticket.names, 1):
+        if number % 50 == 0:
+            say(f"tensor {number} of {len(ticket.names)}")
+        weight = read(name)
+        check_is_base(ticket.mask, name, weight)
+        module = _owner(name)
+        if module not in whole and ticket.mask.active(name):
+            flat, positions = flatten(weight), ticket.mask.indices(name)
+            try:
+                sparse[module] = deltas(positions, flat[positions], ticket.values(name).to(flat.dtype))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+    rank, fitting = choose_rank(skeleton, sparse, whole)
+    whole |= sparse.keys() - fitting
+    sparse = {module: sparse[module] for module in sparse if module in fitting} or _stand_in(skeleton, whole)
+    targets, counts = sorted(sparse), [(p.num_entries, p.num_twice, p.num_ordered) for p in sparse.values()]
+    tensors: dict[str, Tensor] = {}
+    for module in targets:  # each leaves memory as its stored form enters
+        tensors |= _sparse_tensors(module, sparse.pop(module), skeleton.get_submodule(module), rank)
+    for module in sorted(whole):
+        tensors |= _whole_tensors(module, skeleton, ticket, read)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = _config(skeleton, rank, targets, sorted(whole), base_name, ticket)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    entries, twice, ordered = (sum(column) for column in zip(*counts))
+    made = PeftExport(rank, len(targets), len(whole), entries, twice, ordered, num_bytes)
+    plain = None if dtype is None else str(dtype).removeprefix("torch.")
+    card = peft_card(ticket, base_name, {"dtype": plain, **asdict(made)})
+    (folder / CARD_NAME).write_text(card, encoding="utf-8")
+    return _Written(made, tuple(targets))
+
+
+def _reader(base: Path, skeleton: nn.Module, ticket: Ticket, dtype: torch.dtype | None) -> Callable[[str], Tensor]:
     """`base_weights`, with the tensors and rows that the base lacks as zeros for the ticket to fill."""
     identity = ticket.mask.base
     new = {name for name in ticket.names if name in identity and identity[name].rows == 0}
-    read_base = base_weights(base, skeleton, [name for name in ticket.names if name not in new], dtype, say)
+    read_stored = base_weights(base, skeleton, [name for name in ticket.names if name not in new], None)
+
+    def read_base(name: str) -> Tensor:
+        tensor, known = read_stored(name), ticket.mask.identity(name)
+        is_kept = known is not None and known.dtype == "float32"  # transformers keeps it so in any model
+        wanted = torch.float32 if is_kept else dtype
+        is_plain = tensor.is_floating_point() and tensor.element_size() > 1  # float8 means nothing without its scale
+        return tensor.to(wanted) if wanted is not None and is_plain else tensor
+
     tied = tied_names(skeleton)
 
     def read(name: str) -> Tensor:
@@ -127,9 +183,19 @@ def _reader(
     return read
 
 
-def choose_rank(
-    skeleton: nn.Module, sparse: Mapping[str, Deltas], whole: Collection[str] = ()
-) -> tuple[int, set[str]]:
+def _check_frozen(ticket: Ticket, state: Collection[str], read: Callable[[str], Tensor]) -> None:
+    """ValueError where a tensor that the ticket leaves as it is is not the base's."""
+    for name in ticket.mask.frozen:
+        if name not in state:
+            continue
+        try:
+            tensor = read(name)
+        except ValueError:
+            continue  # a buffer that the files do not hold
+        check_frozen(ticket.mask, name, tensor)
+
+
+def choose_rank(skeleton: nn.Module, sparse: Mapping[str, Deltas], whole: Collection[str] = ()) -> tuple[int, set[str]]:
     """SHiRA's r, and the modules to keep sparse, for the fewest bytes; the other modules go whole, as `whole` do."""
     if not sparse:
         return 1, set()
@@ -166,7 +232,7 @@ def _whole_modules(skeleton: nn.Module, active: Collection[str]) -> set[str]:
                     f"{alias} belongs to {type(module).__name__} itself, which has weights in modules below it too: "
                     "a PEFT adapter cannot hold it. Use --format hf."
                 )
-            if len(names) > 1 or not isinstance(module, nn.Linear) or not alias.endswith(".weight"):
+            if len(names) > 1 or type(module) is not nn.Linear or not alias.endswith(".weight"):
                 whole.add(_owner(alias))
     return whole
 
@@ -187,7 +253,7 @@ def _linears(skeleton: nn.Module, taken: Collection[str]) -> list[tuple[bool, in
     return [
         (len(tied[f"{name}.weight"]) > 1, module.weight.numel(), name)
         for name, module in skeleton.named_modules()
-        if isinstance(module, nn.Linear)
+        if type(module) is nn.Linear
         and name not in taken
         and module.in_features + module.out_features <= module.weight.numel()
     ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lota.architecture import set_entries, without_zero3
+from lota.architecture import check_is_model, check_is_name, fitting_config, read_config, set_entries, without_zero3
 
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
@@ -88,6 +88,7 @@ def read_model(
     dtype: str | None = None,
     architecture: str | None = None,
     entries: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> ModelShapes:
     """Shapes of a model: a folder with a config.json, that file itself, or a name on the hub.
 
@@ -95,19 +96,12 @@ def read_model(
     `LlamaForSequenceClassification` (None: a causal language model). entries: of config.json with other values, such as
     `vocab_size` where rows were added. ValueError where there is no such config or class.
     """
-    from transformers import AutoConfig
-
     path = Path(model)
-    if not path.exists() and (path.is_absolute() or model.startswith(".")):
-        raise ValueError(f"expected a model folder with a config.json, or a name on the hub; there is no {model!r}")
-    where = path.parent if path.name == "config.json" else model
-    try:
-        config = AutoConfig.from_pretrained(where, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"expected a model folder with a config.json, or a name on the hub, got {model!r}: {reason}"
-        ) from None
+    where = str(path.parent) if path.name == "config.json" and path.is_file() else model
+    check_is_name(where)
+    if Path(where).is_dir():
+        check_is_model(Path(where))
+    config = read_config(where, revision=revision, trust_remote_code=trust_remote_code)
     set_entries(config, entries or {})
     return shapes_of_config(config, str(model), dtype=dtype, architecture=architecture)
 
@@ -122,8 +116,11 @@ def shapes_of_config(
     if dtype not in items:
         raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
     made = _class(config, name, architecture)
-    with torch.device("meta"), without_zero3():
-        model = made(config)
+    try:
+        with torch.device("meta"), without_zero3():
+            model = made(fitting_config(config, made))
+    except Exception as error:  # noqa: BLE001 (whatever transformers makes of odd values)
+        raise ValueError(f"{name}: transformers makes no {made.__name__} of its config.json: {error}") from None
     shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
     uses = sum(parameter.numel() for _, parameter in model.named_parameters(remove_duplicate=False))
     tied = uses - sum(parameter.numel() for parameter in model.parameters())

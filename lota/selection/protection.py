@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lota.ticket import BaseTensor, Mask
+from lota.ticket.fingerprint import add
 
 
 class Protection:
@@ -42,7 +43,7 @@ class Protection:
                         f"protect[{number}] has {name} with shape {tuple(mask.shape(name))}, expected "
                         f"{tuple(shapes[name])}. It was made for another model."
                     )
-                if base is not None and name in mask.base:
+                if base is not None and name in mask.base and not _carries(masks, mask, name, base[name]):
                     mask.check_base(name, tuple(shapes[name]), base[name].dtype, base[name].fingerprint)
                 if mask.active(name):
                     self._masks[name].append(mask)
@@ -74,3 +75,21 @@ class Protection:
                     free[chunk] = False
             self._decoded = name, free
         return self._decoded[1]
+
+
+def _carries(masks: Sequence[Mask], mask: Mask, name: str, found: BaseTensor) -> bool:
+    """Whether a tensor is that mask's base with some of the masks' tickets applied: earlier tasks of a sequence, whose
+    entries are protected, are in the model that the next one starts from."""
+    base = mask.base[name]
+    if base.dtype != found.dtype or base.rows is not None:
+        return False
+    wanted = add(int(found.fingerprint, 16), -int(base.fingerprint, 16))
+    changes = [change for other in masks if name in other.names and (change := other.change(name)) is not None]
+    sums = {0}
+    for change in changes[:_MOST_APPLIED]:
+        sums |= {add(part, change) for part in sums}
+    return wanted in sums
+
+
+_MOST_APPLIED = 16
+"""Tickets of which any that are on the model are tried: all their sums are."""

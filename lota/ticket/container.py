@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from contextlib import suppress
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lota.files import open_regular
 
 DTYPE_CODES = {
     torch.float64: "F64",
@@ -97,7 +100,7 @@ class StreamWriter:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of the safetensors file `path` by key. ValueError unless header and file size agree throughout."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file_bytes = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             if len(prefix) < 8:
@@ -120,9 +123,9 @@ def read_bytes(stored: StoredTensor, sha256: str, what: str) -> Tensor:
     """The bytes of `stored` as uint8 `[num_bytes]`; ValueError if they are cut short or do not have that sha256."""
     data = torch.empty(stored.num_bytes, dtype=torch.uint8)
     try:
-        with open(stored.path, "rb") as file:
+        with open_regular(stored.path) as file:
             file.seek(stored.begin)
-            got = file.readinto(data.numpy().data)
+            got = file.readinto(data.numpy().data)  # type: ignore[attr-defined]
     except FileNotFoundError:
         raise ValueError(f"{stored.path}: {what}: expected a file, got none: it was removed meanwhile.") from None
     if got != stored.num_bytes:
@@ -139,11 +142,44 @@ def read_bytes(stored: StoredTensor, sha256: str, what: str) -> Tensor:
 
 
 def parse_json(text: bytes) -> Any:
-    """Strict JSON: ValueError on duplicate keys, NaN, too deep nesting and everything else that is not well-formed."""
+    """Strict JSON: ValueError on duplicate keys, NaN, numbers that no float or 128-bit integer is, halves of
+    characters, nesting of more than 64 levels, and everything else that is not well-formed."""
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        made = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite
+        )
+        _check_content(made, 0)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
+    return made
+
+
+_MAX_DEPTH, _MAX_INT = 64, 1 << 127
+
+
+def _check_content(value: Any, depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"JSON nested in more than {_MAX_DEPTH} levels")
+    if isinstance(value, str):
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            raise ValueError("JSON with half of a character (a lone surrogate)")
+    elif isinstance(value, int):
+        if abs(value) >= _MAX_INT:
+            raise ValueError("JSON with an integer of more than 128 bits")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_content(key, depth + 1)
+            _check_content(item, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_content(item, depth + 1)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"JSON with the number {text:.40}, which no float holds")
+    return number
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

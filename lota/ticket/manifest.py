@@ -93,6 +93,8 @@ class Manifest:
 
     model: {"class": ..., "config": {...}, "base_config": {...}} of a ticket with tensors that the base does not have:
     the class that was trained, and entries of config.json with their value there and in the base's; else {}.
+    frozen: identity of the base's other tensors, parameters and persistent buffers, which the ticket leaves as they
+    are; {} where the writer did not know them.
     """
 
     tensors: tuple[TensorRecord, ...]
@@ -101,6 +103,7 @@ class Manifest:
     num_changed: int | None
     provenance: dict[str, Any]
     model: dict[str, Any] = field(default_factory=dict)
+    frozen: dict[str, BaseTensor] = field(default_factory=dict)
 
     @property
     def num_active(self) -> int:
@@ -113,7 +116,12 @@ class Manifest:
     @property
     def version(self) -> int:
         """The lowest version of the format that can say all of it, so that earlier readers read what they can."""
-        return max([2 if self.model else 1, *(record.version for record in self.tensors)])
+        return max([2 if self.model or self.frozen else 1, *(record.version for record in self.tensors)])
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a ticket's tensors may lie in a file of this name."""
+    return bool(_FILE_NAME.fullmatch(name))
 
 
 def check_provenance(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -143,6 +151,8 @@ def format_manifest(manifest: Manifest) -> bytes:
     }
     if manifest.model:
         head["model"] = manifest.model
+    if manifest.frozen:
+        head["frozen"] = {name: [base.dtype, base.fingerprint] for name, base in manifest.frozen.items()}
     body = json.dumps(head)[1:-1] + ',\n"tensors": [' + ",".join("\n" + line for line in lines) + "\n]}\n"
     digest = hashlib.sha256(body.encode("ascii")).hexdigest()
     return f'{{"sha256": "{digest}",\n{body}'.encode("ascii")
@@ -177,13 +187,14 @@ def parse_manifest(text: bytes) -> Manifest:
     num_changed = head.take("num_changed", int if has_base_values else type(None))
     provenance = head.take("provenance", dict)
     model = head.take("model", dict) if "model" in head else {}
+    frozen = _parse_frozen(head.take("frozen", dict)) if "frozen" in head else {}
     num_active, eligible = head.take("num_active", int), head.take("eligible", int)
     tensors = tuple(_parse_tensor(entry, has_values, has_base_values) for entry in head.take("tensors", list))
     head.finish()
-    manifest = Manifest(tensors, has_values, has_base_values, num_changed, provenance, model)
+    manifest = Manifest(tensors, has_values, has_base_values, num_changed, provenance, model, frozen)
     if manifest.version > written[1]:
         raise ValueError(f"expected version {manifest.version} for what it holds, got {written[1]}")
-    if len({record.name for record in tensors}) != len(tensors):
+    if len({record.name for record in tensors} | frozen.keys()) != len(tensors) + len(frozen):
         raise ValueError("expected every tensor once, got a name twice")
     if (num_active, eligible) != (manifest.num_active, manifest.eligible):
         raise ValueError(
@@ -195,6 +206,15 @@ def parse_manifest(text: bytes) -> Manifest:
     if len({record.base is None for record in tensors}) > 1:
         raise ValueError("expected a base for every tensor or for none, got it for some")
     return manifest
+
+
+def _parse_frozen(entries: dict[str, Any]) -> dict[str, BaseTensor]:
+    made = {}
+    for name, entry in entries.items():
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise ValueError(f"frozen tensor {name!r:.200}: expected a dtype and a fingerprint, got {entry!r:.80}")
+        made[name] = BaseTensor(*entry)
+    return made
 
 
 def _format_tensor(record: TensorRecord) -> str:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lota.messages import did_you_mean
 from lota.ticket.codec import EncodedIndex, decode, decode_chunks, encode
-from lota.ticket.manifest import BaseTensor, TensorRecord
-from lota.ticket.reader import open_ticket
+from lota.ticket.fingerprint import add, fingerprint_at
+from lota.ticket.manifest import BaseTensor
+from lota.ticket.reader import StoredTicket, open_ticket
 from lota.ticket.rows import Rows, check_rows, span, whole
 from lota.ticket.writer import TicketWriter
 
@@ -30,7 +31,8 @@ class Mask:
     Tensors without active entries stay named: they count as eligible. Two masks are equal when names, shapes and active
     entries are, whatever the order of names and the base.
 
-    origin: the directory that the mask was loaded from, or "".
+    frozen: identity of the base's other tensors, by name, where it is known: with `base` it says which model the mask
+    is for, whole. origin: the directory that the mask was loaded from, or "".
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Mask:
         base: Mapping[str, BaseTensor] | None = None,
         origin: str = "",
         rows: Mapping[str, Rows] | None = None,
+        frozen: Mapping[str, BaseTensor] | None = None,
     ) -> None:
         """From encoded indices; `from_dense`, `from_indices` and `load` are the usual ways.
 
@@ -48,6 +51,8 @@ class Mask:
         self._shapes = {name: tuple(int(size) for size in shape) for name, (shape, _) in tensors.items()}
         self._indices = {name: index for name, (_, index) in tensors.items()}
         self._digest: str | None = None
+        self._values: Mapping[str, Tensor] | None = None
+        self._base_values: Mapping[str, Tensor] | None = None
         for name, shape in self._shapes.items():
             if not isinstance(name, str) or not name or not _is_utf8(name):
                 raise ValueError(f"a tensor's name must be a non-empty string of Unicode, got {name!r}")
@@ -57,6 +62,7 @@ class Mask:
         self._rows = {name: check_rows(name, self.shape(name), taken) for name, taken in (rows or {}).items()}
         self._rows = {name: taken for name, taken in self._rows.items() if taken != whole(self._shapes[name])}
         self._base = self._checked_base(base or {})
+        self._frozen = {name: tensor for name, tensor in (frozen or {}).items() if name not in self._shapes}
 
     @classmethod
     def from_dense(
@@ -126,6 +132,15 @@ class Mask:
     def base(self) -> dict[str, BaseTensor]:
         """dtype and fingerprint of the base's tensor by name; empty for a mask that knows no base."""
         return dict(self._base)
+
+    @property
+    def frozen(self) -> dict[str, BaseTensor]:
+        """dtype and fingerprint of the base's tensors that the mask does not name; empty where they are not known."""
+        return dict(self._frozen)
+
+    def identity(self, name: str) -> BaseTensor | None:
+        """dtype and fingerprint of the base's tensor `name`, whether the mask names it or not; None where unknown."""
+        return self._base.get(name) or self._frozen.get(name)
 
     @property
     def base_dtype(self) -> torch.dtype | None:
@@ -221,10 +236,11 @@ class Mask:
         dense[positions] = True
         return dense.view(self.shape(name))
 
-    def with_base(self, base: Mapping[str, BaseTensor]) -> Mask:
-        """The same mask with `base` for all of its tensors (or `{}` to forget it); shares the indices."""
+    def with_base(self, base: Mapping[str, BaseTensor], frozen: Mapping[str, BaseTensor] | None = None) -> Mask:
+        """The same mask with `base` for all of its tensors and `frozen` for the others (or `{}` to forget them); shares
+        the indices."""
         tensors = {name: (shape, self._indices[name]) for name, shape in self._shapes.items()}
-        return Mask(tensors, base, self.origin, self._rows)
+        return Mask(tensors, base, self.origin, self._rows, frozen)
 
     def with_dense(self, tensors: Mapping[str, tuple[Shape, Rows]], base: Mapping[str, BaseTensor]) -> Mask:
         """The mask with these tensors, or ranges of their rows, active whole; all of its base is `base`.
@@ -244,20 +260,39 @@ class Mask:
             else:
                 rows[name] = taken
             made[name] = tuple(shape), encode(positions, numel)
-        return Mask(made, base, self.origin, rows)
+        return Mask(made, base, self.origin, rows, self._frozen)
 
     def without(self, names: Collection[str]) -> Mask:
         """The mask without these tensors; shares the indices of the others."""
         kept = {name: (shape, self._indices[name]) for name, shape in self._shapes.items() if name not in names}
         base = {name: tensor for name, tensor in self._base.items() if name in kept}
-        return Mask(kept, base, self.origin, {name: rows for name, rows in self._rows.items() if name in kept})
+        rows = {name: rows for name, rows in self._rows.items() if name in kept}
+        return Mask(kept, base, self.origin, rows, self._frozen)
+
+    def renamed(self, names: Mapping[str, str]) -> Mask:
+        """The mask with other names for its tensors, by the mask's name; one that is left out stays. Shares the
+        indices. ValueError where two get the same name."""
+
+        def other(tensors: Mapping[str, Any]) -> dict[str, Any]:
+            made = {names.get(name, name): value for name, value in tensors.items()}
+            if len(made) != len(tensors):
+                raise ValueError("expected a new name of its own for every tensor, got one twice")
+            return made
+
+        tensors = {name: (shape, self._indices[name]) for name, shape in self._shapes.items()}
+        return Mask(other(tensors), other(self._base), self.origin, other(self._rows), other(self._frozen))
 
     def check_base(self, name: str, shape: Iterable[int], dtype: str, fingerprint: str | None) -> None:
         """ValueError unless the mask is for a tensor of that name, shape, and (where the mask knows) that base.
 
-        dtype: "bfloat16" or "torch.bfloat16". fingerprint: 16 hex digits, or None to leave it unchecked.
+        Of a tensor that is frozen, dtype and fingerprint are compared. dtype: "bfloat16" or "torch.bfloat16".
+        fingerprint: 16 hex digits, or None to leave it unchecked.
         """
-        expected, base = self.shape(name), self._base.get(name)
+        base = self.identity(name)
+        if name in self._frozen and base is not None:
+            _check_frozen(name, base, dtype, fingerprint)
+            return
+        expected = self.shape(name)
         if tuple(shape) != expected:
             is_short = base is not None and base.rows is not None and tuple(shape) == (base.rows, *expected[1:])
             raise ValueError(
@@ -308,14 +343,28 @@ class Mask:
     def load(cls, path: str | os.PathLike[str]) -> Mask:
         """Read the mask of a mask or ticket directory. ValueError (path, expected, got, cure) where it is damaged."""
         stored = open_ticket(path)
-        return cls.of_records(stored.manifest.tensors, stored.indices, str(path))
+        return cls.of_stored(stored, str(path))
 
     @classmethod
-    def of_records(cls, records: tuple[TensorRecord, ...], indices: Mapping[str, EncodedIndex], origin: str) -> Mask:
-        """From what a directory's manifest says of its tensors, and their indices."""
+    def of_stored(cls, stored: StoredTicket, origin: str) -> Mask:
+        """The mask of an opened directory."""
+        manifest, indices = stored.manifest, stored.indices
+        records = manifest.tensors
         base = {record.name: record.base for record in records if record.base is not None}
         rows = {record.name: record.rows for record in records if record.rows is not None}
-        return cls({record.name: (record.shape, indices[record.name]) for record in records}, base, origin, rows)
+        tensors = {record.name: (record.shape, indices[record.name]) for record in records}
+        mask = cls(tensors, base, origin, rows, manifest.frozen)
+        mask._values, mask._base_values = stored.values, stored.base_values
+        return mask
+
+    def change(self, name: str) -> int | None:
+        """What the ticket that the mask was loaded with adds to the fingerprint of the base's tensor when it is
+        applied; None for a mask without values and base values."""
+        if self._values is None or self._base_values is None:
+            return None
+        positions, before = self.indices(name), self._base_values[name]
+        after = self._values[name].to(before.dtype)
+        return add(fingerprint_at(positions, after), -fingerprint_at(positions, before))
 
     def __eq__(self, other: object) -> bool:
         return self.digest == other.digest if isinstance(other, Mask) else NotImplemented
@@ -354,6 +403,18 @@ class Mask:
                 f"expected a base for all {len(self._shapes)} tensors or for none, none for {', '.join(missing[:3])}"
             )
         return {name: base[name] for name in self._shapes}
+
+
+def _check_frozen(name: str, base: BaseTensor, dtype: str, fingerprint: str | None) -> None:
+    if dtype.removeprefix("torch.") != base.dtype:
+        raise ValueError(
+            f"{name}: expected base weights in {base.dtype}, got {dtype}. Load the base model in {base.dtype}."
+        )
+    if fingerprint is not None and fingerprint != base.fingerprint:
+        raise ValueError(
+            f"{name}: expected the base's own weights (fingerprint {base.fingerprint}), which were not trained, got "
+            f"others ({fingerprint}). The ticket belongs to another base model or revision, or this one was changed."
+        )
 
 
 def _is_utf8(name: str) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lota.files import MAX_JSON_BYTES, open_regular
 from lota.ticket.codec import EncodedIndex, check, decode, encode, num_bytes
 from lota.ticket.container import DTYPE_CODES, StoredTensor, read_bytes, read_header
 from lota.ticket.manifest import MANIFEST_NAME, Manifest, TensorRecord, parse_manifest
@@ -54,12 +55,15 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """What the ticket or mask directory `path` says of itself. ValueError where ticket.json is missing or damaged."""
     file = Path(path) / MANIFEST_NAME
     try:
-        text = file.read_bytes()
+        with open_regular(file) as content:
+            text = content.read(MAX_JSON_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{path}: expected a ticket's directory with {MANIFEST_NAME}, got none. Pass the directory that save wrote."
         ) from None
     try:
+        if len(text) > MAX_JSON_BYTES:
+            raise ValueError(f"expected at most {MAX_JSON_BYTES >> 20} MiB")
         return parse_manifest(text)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -105,10 +105,26 @@ class Ticket:
             )
         return self._base_values[name]
 
+    def renamed(self, names: Mapping[str, str]) -> Ticket:
+        """The same ticket with other names for its tensors. names: by the ticket's name; one that is left out stays.
+        Refers to the same values."""
+        own = {name: names.get(name, name) for name in self.names}
+        made = Ticket.__new__(Ticket)
+        made._fill(
+            self._mask.renamed(names),
+            _Renamed(self._values, own),
+            None if self._base_values is None else _Renamed(self._base_values, own),
+            self._provenance,
+            self._num_changed,
+            self._model,
+        )
+        return made
+
     def verify(self) -> None:
         """Read everything: ValueError unless all values, all indices and num_changed are sound."""
         for name in self.names:
-            self._mask.indices(name)
+            for _ in self._mask.chunks(name):  # a piece at a time: decoded whole, a dense index is 64 times its file
+                pass
             self.values(name)
         if self._base_values is not None:
             count = sum(count_changed(self.values(name), self.base_values(name)) for name in self.names)
@@ -136,13 +152,29 @@ class Ticket:
         if stored.values is None:
             raise ValueError(f"{path}: expected a ticket, got a mask without values. Use Mask.load.")
         manifest = stored.manifest
-        mask = Mask.of_records(manifest.tensors, stored.indices, str(path))
+        mask = Mask.of_stored(stored, str(path))
         ticket = cls.__new__(cls)  # the values' dtypes and lengths were checked against the files, without reading them
         ticket._fill(mask, stored.values, stored.base_values, manifest.provenance, manifest.num_changed, manifest.model)
         return ticket
 
     def __repr__(self) -> str:
         return f"Ticket({self._mask!r}, {'with' if self.has_base_values else 'without'} base values)"
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """Values by other names. names: by the name in `values`."""
+
+    def __init__(self, values: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self._values, self._names = values, {other: name for name, other in names.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._values[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _check_all(kind: str, mask: Mask, tensors: Mapping[str, Tensor]) -> None:

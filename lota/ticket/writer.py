@@ -27,6 +27,7 @@ from lota.ticket.manifest import (
     TensorRecord,
     check_provenance,
     format_manifest,
+    is_file_name,
 )
 
 if TYPE_CHECKING:
@@ -199,8 +200,9 @@ class TicketWriter:
             for name in self._mask.names
         ]
         manifest = Manifest(
-            tuple(records), self._has_values, self._has_base_values, self.num_changed, self._provenance, self._model
-        )
+            tuple(records), self._has_values, self._has_base_values, self.num_changed, self._provenance, self._model,
+            self._mask.frozen,
+        )  # fmt: skip
         with open(self._temporary / MANIFEST_NAME, "xb") as file:
             file.write(format_manifest(manifest))
             file.flush()
@@ -242,6 +244,16 @@ def check_target(path: Path, overwrite: bool) -> None:
         raise ValueError(f"{path}: expected no such directory or an empty one, got files in it. Pass overwrite=True.")
     if not (path / MANIFEST_NAME).is_file():
         raise ValueError(f"{path}: overwrite replaces a ticket, but the directory holds no {MANIFEST_NAME}. Remove it.")
+    others = sorted(entry.name for entry in path.iterdir() if not _is_of_ticket(entry))
+    if others:
+        raise ValueError(
+            f"{path}: overwrite replaces a ticket, but the directory also holds {', '.join(others[:3])}, which would "
+            "be lost. Move it away, or choose another directory."
+        )
+
+
+def _is_of_ticket(entry: Path) -> bool:
+    return entry.is_file() and (entry.name in (MANIFEST_NAME, "README.md") or is_file_name(entry.name))
 
 
 def check_values(kind: str, name: str, values: Tensor, mask: Mask) -> None:

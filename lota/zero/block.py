@@ -19,7 +19,7 @@ from lota.zero.compact.groups import BlockGroups
 from lota.zero.compact.skipped_steps import SkippedSteps
 from lota.zero.deepspeed import engine as engines
 from lota.zero.deepspeed import weights
-from lota.zero.fingerprints import fingerprints
+from lota.zero.fingerprints import fingerprints, holding_nan
 from lota.zero.freeze import Freeze
 
 BUCKET_NUMEL = 1 << 22
@@ -178,6 +178,12 @@ class BlockRun:
     def _identify(self, model: torch.nn.Module, new: Mapping[str, int]) -> None:
         """Take the fingerprints of the model as it is now, the base. new: how many rows the base has of tensors of
         which it does not have all."""
+        not_a_number = holding_nan(weights.partitions(model), self.groups.reduction.shard, self.device)
+        if not_a_number:
+            raise ValueError(
+                f"{not_a_number[0]} holds NaN (and {len(not_a_number) - 1} more tensors do): every loss would be NaN. "
+                "Copy the base again"
+            )
         self.start = self._fingerprints(model)
         self.base = self.start | (self._fingerprints(model, rows=new) if new else {})
 

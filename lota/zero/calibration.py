@@ -22,7 +22,7 @@ from lota.zero.deepspeed.dense_state import DenseState
 from lota.zero.deepspeed.optimizer import CompactOptimizer
 from lota.zero.deepspeed.settings import communication_dtype
 from lota.zero.deepspeed.supported import check_no_adapters
-from lota.zero.fingerprints import buffer_fingerprints
+from lota.zero.fingerprints import buffer_fingerprints, frozen_identity
 from lota.zero.freeze import Freeze
 from lota.zero.new_tensors import new_tensors, refuse_new
 
@@ -126,9 +126,7 @@ class CalibrationRun(BlockRun):
     def built(self, engine: Any) -> None:
         super().built(engine)
         self._identify(engine.module, self._new)
-        self.base |= buffer_fingerprints(
-            {name: buffer for name, buffer in weights.buffers(engine.module).items() if name in self.dense}
-        )
+        self.base |= buffer_fingerprints(weights.buffers(engine.module))
         self._check(self.shapes, self.rows, {name: self.base[name] for name in self.names})
         if self.score == "task_vector":
             self._check_optimizer_holds(self._trained, engine.optimizer, "calibration scores")
@@ -155,6 +153,10 @@ class CalibrationRun(BlockRun):
             "optimizer": optimizer,
             **super()._identity(),
         }
+
+    def frozen(self) -> dict[str, BaseTensor]:
+        """Identity of the base's tensors that do not take part."""
+        return frozen_identity(self.base, self._new, {*self.names, *self.dense})
 
     def scores(self) -> Iterator[tuple[str, int, Tensor]]:
         """This rank's pieces: name, flat start, scores (fp32)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -62,6 +62,15 @@ def fingerprints(
     }
 
 
+def holding_nan(partitions: Iterable[Any], group: Any, device: torch.device) -> list[str]:
+    """Names of the tensors with a NaN on some rank of `group`; the same list on all of them. Collective."""
+    found = [(part.name, bool(torch.isnan(part.data).any())) for part in partitions]
+    flags = torch.tensor([flag for _, flag in found], dtype=torch.int32, device=device)
+    if group is not None:
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+    return [name for (name, _), flag in zip(found, flags.tolist(), strict=True) if flag]
+
+
 def buffer_fingerprints(buffers: Mapping[str, Tensor]) -> dict[str, BaseTensor]:
     """Identity of buffers, which every rank has whole. Local."""
     return {
@@ -69,6 +78,13 @@ def buffer_fingerprints(buffers: Mapping[str, Tensor]) -> dict[str, BaseTensor]:
         for name, buffer in buffers.items()
         if buffer.dtype in _BUFFER_DTYPES
     }
+
+
+def frozen_identity(
+    base: Mapping[str, BaseTensor], new: Collection[str], named: Collection[str]
+) -> dict[str, BaseTensor]:
+    """Of the base's tensors those that are not `named` in a mask, nor `new`, which the base does not have (whole)."""
+    return {name: tensor for name, tensor in base.items() if name not in named and name not in new}
 
 
 def differing(

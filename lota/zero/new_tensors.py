@@ -20,7 +20,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from lota.architecture import TEXT_ENTRIES, filled_names
+from lota.architecture import TEXT_ENTRIES
+from lota.checkpoint_keys import filled_names
 from lota.delivery.model_folder import weight_files
 from lota.ranks.agree import together
 from lota.ticket.rows import Rows, whole
@@ -219,6 +220,11 @@ def _stored(files: Iterable[Path]) -> dict[str, tuple[Path, tuple[int, ...]]]:
             for key in source.keys():  # noqa: SIM118 (a safe_open is not iterable)
                 found[key] = file, tuple(source.get_slice(key).get_shape())
     return found
+
+
+def class_name(model: Any) -> str:
+    """The name of the class that is trained."""
+    return type(model).__name__
 
 
 def model_facts(model: Any) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from lota.choices import MAX_SKIPPED_STEPS, check_rounding_seed
 from lota.kernels import backend_name
 from lota.messages import did_you_mean
 from lota.ranks.agree import together
-from lota.ticket import Mask
+from lota.ticket import BaseTensor, Mask
+from lota.ticket.fingerprint import add
+from lota.ticket.manifest import check_provenance
 from lota.ticket.rows import Rows
 from lota.zero.block import BUCKET_NUMEL, BlockRun
 from lota.zero.buffers import StoredBuffers
@@ -30,9 +32,9 @@ from lota.zero.compact.update import choose_update
 from lota.zero.deepspeed import weights
 from lota.zero.deepspeed.optimizer import SparseOptimizer
 from lota.zero.deepspeed.settings import communication_dtype, gather_limits
-from lota.zero.fingerprints import differing, dtype_name, replicas_agree
+from lota.zero.fingerprints import differing, dtype_name, frozen_identity, replicas_agree
 from lota.zero.freeze import Freeze
-from lota.zero.new_tensors import model_facts, new_tensors, refuse_new
+from lota.zero.new_tensors import class_name, model_facts, new_tensors, refuse_new
 from lota.zero.save_ticket import base_put_back, deliver
 
 _LOG = logging.getLogger("lota")
@@ -156,7 +158,12 @@ class SparseRun(BlockRun):
         buffers.begin()
         identities = self.base | buffers.base
         for name in given.names:
+            base, change = given.base.get(name), given.change(name)
+            if base is not None and change is not None and _is_applied(base, change, identities[name]):
+                continue  # the ticket is on the model already, and its entries are trained further
             given.check_base(name, given.shape(name), identities[name].dtype, identities[name].fingerprint)
+        for name in given.frozen.keys() & identities.keys() - self._new.keys():
+            given.check_base(name, (), identities[name].dtype, identities[name].fingerprint)
         self._kernels = backend_name(tensor_groups[0].weights.device)
         self._decide_reduction(optimizer, engine, tensor_groups[0].weights.device)
         connect(self.groups.reduction, self.device)
@@ -309,18 +316,23 @@ class SparseRun(BlockRun):
         buffers = self._stored_buffers()
         buffers.check_unmoved(reduction.world, self.device)
         base = {name: self.base[name] for name in self.outline.names}
+        frozen = frozen_identity(self.base | buffers.base, self._new, {*base, *buffers.stored})
         return deliver(
             training,
             self.outline.with_base(base),
-            buffers.add_to(self._whole_mask().with_base(base)) if dist.get_rank() == 0 else None,
+            buffers.add_to(self._whole_mask().with_base(base, frozen)) if dist.get_rank() == 0 else None,
             path,
-            provenance,
+            {"class": class_name(self.engine.module), **check_provenance(provenance)},
             stored=buffers.values(),
             model=model_facts(self.engine.module) if self._new else None,
             dtype=dtype,
             overwrite=overwrite,
             device=self.device,
         )
+
+
+def _is_applied(base: BaseTensor, change: int, found: BaseTensor) -> bool:
+    return base.dtype == found.dtype and int(found.fingerprint, 16) == add(int(base.fingerprint, 16), change)
 
 
 def smallest_memory(device: torch.device) -> int | None:

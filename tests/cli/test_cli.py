@@ -84,7 +84,8 @@ def test_apply_and_revert_on_folders(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["apply", "--base", base, ticket, "--out", out]) == 0
     assert main(["revert", "--tuned", out, ticket, "--out", again]) == 0
     captured = capsys.readouterr()
-    assert "every tensor has the base's fingerprint" in captured.out and "file 2 of 2" in captured.err
+    assert "2 tensors have the base's fingerprint; 2 could not be compared" in captured.out
+    assert "file 2 of 2" in captured.err
     assert same(load_checkpoint(tmp_path / "again"), model.state_dict())
     assert main(["apply", "--base", base, ticket, "--out", out]) == 2
     assert "exists already" in capsys.readouterr().err

@@ -151,10 +151,6 @@ def test_a_head_on_any_base_is_delivered(ranks, tmp_path: Path, kind: str) -> No
     assert names["model"].config.num_labels == LABELS
     assert torch.equal(logits_of(names["model"]), expected)
 
-    if kind in ("mixtral", "gemma3"):  # transformers renamed the merged folder, and a head cannot be cut off there
-        with pytest.raises(ValueError, match="whose names are not the model's: take the base"):
-            revert_checkpoint(tmp_path / "merged", [ticket], tmp_path / "again")
-        return
     revert_checkpoint(tmp_path / "merged", [ticket], tmp_path / "again")
     assert AutoConfig.from_pretrained(tmp_path / "again").architectures == [type(MAKE[kind]()).__name__]
     again, before = (type(MAKE[kind]()).from_pretrained(folder).state_dict() for folder in (tmp_path / "again", base))

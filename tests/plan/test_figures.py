@@ -283,7 +283,7 @@ def test_bad_options_end_in_one_line(folder, capsys, arguments, message):
 
 def test_a_missing_model(capsys):
     assert main(["plan", "/nowhere/model"]) == 2
-    assert "there is no '/nowhere/model'" in capsys.readouterr().err
+    assert "/nowhere/model: no such folder" in capsys.readouterr().err
 
 
 def test_rows_and_dense_tensors_are_planned_as_the_mask_that_they_make() -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from lota.files import write_text
+from lota.files import naming_odd, write_text
 from lota.ranks.agree import together
 from lota.zero.checkpoint import state_codec, vectors
 from lota.zero.checkpoint.vectors import Vector
@@ -82,13 +82,21 @@ def load(
         stored.verify(dist.get_rank(), dist.get_world_size())
     # Nothing has been changed so far, and every byte of the checkpoint was found sound by some rank.
     numbers, progress = stored.facts["numbers"], stored.facts["progress"]
-    with together():
+    odd = f"checkpoint {folder} is damaged: {vectors.MANIFEST_NAME}"
+    with together(), naming_odd(odd):
+        client_state: dict[str, Any] = state_codec.decode(stored.facts["client_state"])
+        for kept in (
+            *(value for group in progress["param_groups"] for value in group.values()),
+            progress["lr_scheduler"],
+        ):
+            state_codec.decode(kept)  # all of it, before anything is changed
+    with together(), naming_odd(odd):
         core.prepare_restore(numbers, stored.keys())
         held = core.vectors()
     vectors.restore(stored, held)
-    core.restored(numbers)
-    _restore_progress(engine, progress, load_lr_scheduler_states)
-    client_state: dict[str, Any] = state_codec.decode(stored.facts["client_state"])
+    with naming_odd(odd):
+        core.restored(numbers)
+        _restore_progress(engine, progress, load_lr_scheduler_states)
     return client_state
 
 

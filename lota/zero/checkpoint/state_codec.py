@@ -47,9 +47,7 @@ def decode(kept: Any, own: torch.device = _CPU, *, all_on_own: bool = False) -> 
 
 def encode_group(group: Mapping[str, Any]) -> dict[str, Any]:
     """JSON of a parameter group but for its parameters."""
-    return {
-        str(key): encode(value, f"{key} of a parameter group") for key, value in group.items() if key != "params"
-    }
+    return {str(key): encode(value, f"{key} of a parameter group") for key, value in group.items() if key != "params"}
 
 
 def restore_group(group: dict[str, Any], kept: Mapping[str, Any], own: torch.device) -> None:

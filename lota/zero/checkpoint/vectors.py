@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lota.files import naming_disk_full
+from lota.files import naming_disk_full, naming_odd, read_json
 from lota.ranks.agree import together
 from lota.ticket.container import DTYPE_CODES, StoredTensor, StreamWriter, read_bytes, read_header
 
@@ -90,14 +90,14 @@ class Stored:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            facts = json.loads((path / MANIFEST_NAME).read_bytes())
+            facts = read_json(path / MANIFEST_NAME)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
                 f"{path}: expected a checkpoint of lota with {MANIFEST_NAME}, got none. It was not finished, or made "
                 "outside a lota block: resume from another one."
             ) from None
         except ValueError as error:
-            raise self._damaged(f"{MANIFEST_NAME}: {error}") from None
+            raise self._damaged(str(error)) from None
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
             raise self._damaged(f"{MANIFEST_NAME} does not say format {FORMAT!r}")
         if facts.get("version") != VERSION:
@@ -107,6 +107,8 @@ class Stored:
             )
         if facts.pop("sha256", None) != _digest(facts):
             raise self._damaged(f"{MANIFEST_NAME} does not match its own sha256")
+        with naming_odd(f"checkpoint {path} is damaged: {MANIFEST_NAME}"):
+            _check_facts(facts)
         self.facts: dict[str, Any] = facts
         self._headers: dict[str, dict[str, StoredTensor]] = {}
 
@@ -146,6 +148,39 @@ class Stored:
 
     def _damaged(self, what: str) -> ValueError:
         return ValueError(f"checkpoint {self.path} is damaged: {what}. Resume from an earlier one.")
+
+
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """TypeError or KeyError where checkpoint.json, well-formed and signed, has not the parts that are read of it."""
+    _need(facts["identity"], dict)
+    _need(facts["identity"]["kind"], str)
+    _need(facts["identity"]["base"], dict)
+    _need(facts["numbers"], dict)
+    progress = _need(facts["progress"], dict)
+    for value in _need(progress["counters"], dict).values():
+        _need(value, int)
+    for group in _need(progress["param_groups"], list):
+        _need(group, dict)
+    for value in _need(progress["loss_scaler"], dict).values():
+        _need(value, bool, int, float)
+    if progress["lr_scheduler"] is not None:
+        _need(progress["lr_scheduler"], dict)
+    facts["client_state"]
+    for file in _need(facts["files"], list):
+        name = _need(_need(file, dict)["name"], str)
+        if name != Path(name).name or not name.endswith(".safetensors"):
+            raise TypeError(f"{name!r} is no file of a checkpoint")
+        for row in _need(file["vectors"], dict).values():
+            length, sha256 = _need(row, list)
+            _need(sha256, str)
+            if _need(length, int) < 0:
+                raise TypeError(f"{length} is no length")
+
+
+def _need(value: Any, *kinds: type) -> Any:
+    if type(value) not in kinds:
+        raise TypeError(f"expected {' or '.join(kind.__name__ for kind in kinds)}, got {value!r:.60}")
+    return value
 
 
 def restore(stored: Stored, vectors: Sequence[Vector]) -> None:

@@ -22,6 +22,12 @@ class MixedDtypes(DeepSpeedZeroOptimizer_Stage3):
     DeepSpeed flattens all trained weights into one buffer, of one dtype; here every dtype has a buffer of its own.
     """
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Those of the caller's optimizer, which some schedules of transformers read (polynomial)."""
+        made: dict[str, Any] = self.optimizer.defaults
+        return made
+
     def _create_fp16_sub_groups(self, params_group: list[Any]) -> list[list[Any]]:
         """Sub-groups of one dtype each."""
         by_dtype: dict[torch.dtype, list[Any]] = {}
