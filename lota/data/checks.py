@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -9,26 +10,34 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
-from transformers import AutoConfig
 from trl.chat_template_utils import (
     get_training_chat_template,
     has_generation_markers,
     is_chat_template_stop_token_trained,
 )
 
+from lota.architecture import read_config
 from lota.data.dataset import Sets
 from lota.data.packing import check_packing
 from lota.data.tokenizer import chat_template, load_tokenizer
 
 
-def check(sets: Sets, model: str, revision: str, config: Any) -> list[str]:
+def check(
+    sets: Sets,
+    model: str,
+    revision: str,
+    config: Any,
+    trust_remote_code: bool = False,
+    place_of: Callable[[tuple[str, ...]], str] | None = None,
+) -> list[str]:
     """Refuse what TRL would train wrongly, or end on later; notes for the user.
 
-    config: TRL's SFTConfig; of a DPOConfig only what it has in common counts.
+    config: TRL's SFTConfig; of a DPOConfig only what it has in common counts. place_of: finds the file and line of the
+    first row with a sequence of roles, for a message.
     """
     if sets.evaluation is None:
         _refuse_evaluation(config)
-    tokenizer = load_tokenizer(model, revision)
+    tokenizer = load_tokenizer(model, revision, trust_remote_code)
     is_chat = _is_chat(sets.train)
     template_path = chat_template(getattr(config, "chat_template_path", None))
     if template_path is not None:
@@ -38,13 +47,16 @@ def check(sets: Sets, model: str, revision: str, config: Any) -> list[str]:
             f"the rows are conversations, and the tokenizer of {model} has no chat template: give "
             "chat_template_path: FILE.jinja, or plain_chat, a template that comes with lota and needs no new token"
         )
+    if is_chat:
+        _check_roles(tokenizer, sets, place_of)
     notes = _check_loss(sets.train, config, is_chat)
     if getattr(config, "assistant_only_loss", False):
         notes += _check_assistant_masks(tokenizer, sets)
     if getattr(config, "dataset_text_field", "text") != "text":
         raise ValueError("dataset_text_field is called text_field here: rename it")
     if hasattr(config, "packing"):
-        kind = AutoConfig.from_pretrained(model, revision=revision).get_text_config().model_type
+        base = read_config(model, revision=revision, trust_remote_code=trust_remote_code)
+        kind = base.get_text_config().model_type
         notes += check_packing(config, kind)
     return notes
 
@@ -79,6 +91,30 @@ def _use_template(tokenizer: Any, path: str, is_chat: bool) -> None:
     if not is_chat:
         raise ValueError("chat_template_path would be ignored: the rows are no conversations (as_chat makes them such)")
     tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+
+
+def _check_roles(tokenizer: Any, sets: Sets, place_of: Callable[[tuple[str, ...]], str] | None) -> None:
+    """Render one conversation of every sequence of roles: templates refuse some (a system prompt, two users' turns)."""
+    seen: set[tuple[str, ...]] = set()
+    for rows in sets:
+        if rows is None:
+            continue
+        columns = [name for name in ("prompt", "completion", "messages", "chosen") if name in rows.column_names]
+        for batch in rows.select_columns(columns).iter(1000):
+            for parts in zip(*(batch[name] for name in columns)):
+                messages = [message for part in parts if isinstance(part, list) for message in part]
+                roles = tuple(str(message["role"]) for message in messages)
+                if not roles or roles in seen:
+                    continue
+                seen.add(roles)
+                try:
+                    tokenizer.apply_chat_template(messages, tokenize=False)
+                except Exception as error:  # noqa: BLE001 (templates raise what they like)
+                    where = place_of(roles) if place_of is not None else "a row"
+                    raise ValueError(
+                        f"{where}: the chat template refuses a conversation of {', '.join(roles)}: {error}. Change the "
+                        "row, or give a template that takes it (chat_template_path)"
+                    ) from None
 
 
 def _check_loss(rows: Dataset, config: Any, is_chat: bool) -> list[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import chain
@@ -23,10 +24,11 @@ from typing import Any, NamedTuple
 from datasets import Dataset, concatenate_datasets, disable_progress_bars
 from datasets.exceptions import DatasetGenerationError
 
-from lota.data import columns, mixture, sources
+from lota.data import columns, mixture, sources, templates
 from lota.data.columns import Form
 from lota.data.options import DataPlan, Source
 from lota.data.sources import Row, read_jsonl
+from lota.data.templates import is_missing
 from lota.ranks.world import print_once, rank
 
 __all__ = ["Sets", "identity", "load", "read_jsonl"]
@@ -46,15 +48,36 @@ def load(plan: DataPlan, seed: int = 0, is_preference: bool = False) -> Sets:
         disable_progress_bars()
     found = plan.parts
     firsts = [_first(_files(part.source, "train"), part.source.skip_empty) for part in found]
-    forms = [
-        columns.choose_form(part.source, row, place, is_preference) for part, (place, row) in zip(found, firsts)
-    ]
+    forms = [columns.choose_form(part.source, row, place, is_preference) for part, (place, row) in zip(found, firsts)]
     forms = columns.one_form(forms, [part.source.describe() for part in found])
+    for part, form, (_, row) in zip(found, forms, firsts):
+        unread = [name for name in row if name not in form.fields]
+        if unread:
+            print_once(f"data: fields of {part.source.describe()} that are not read: {', '.join(unread)}")
     train = [_build(part.source, "train", form) for part, form in zip(found, forms)]
     evaluation = [_build(part.source, "eval", form) for part, form in zip(found, forms) if _files(part.source, "eval")]
     if plan.eval_rows is not None or plan.eval_fraction is not None:
         train, evaluation = _set_aside(plan, train, seed)
     return Sets(_mix(plan, train, seed), concatenate_datasets(evaluation) if evaluation else None)
+
+
+def place_of_roles(plan: DataPlan, roles: tuple[str, ...], is_preference: bool) -> str:
+    """File and line of the first row whose conversation has these roles."""
+    for part in plan.parts:
+        for which in ("train", "eval"):
+            files = _files(part.source, which)
+            form = None
+            for place, row in _rows(files) if files else ():
+                if form is None:
+                    form = columns.choose_form(part.source, row, place, is_preference)
+                if form.is_empty(row):
+                    continue
+                made = columns.columns(row, form, place)
+                parts = [made[name] for name in ("prompt", "completion", "messages", "chosen") if name in made]
+                found = tuple(message["role"] for part_of in parts if isinstance(part_of, list) for message in part_of)
+                if found == roles:
+                    return place
+    return "a row"
 
 
 def identity(sets: Sets) -> str:
@@ -95,7 +118,8 @@ def _first(files: Files, skip_empty: bool) -> Row:
     """The row that the form is read off: the first, or where nulls are left out the first without any."""
     row = next(_rows(files), None)
     if skip_empty:
-        row = next((found for found in _rows(files) if None not in found[1].values()), row)
+        full = (found for found in _rows(files) if not any(map(is_missing, found[1].values())))
+        row = next(full, row)
     if row is None:
         raise ValueError(f"{', '.join(files[1:])} holds no rows")
     return row
@@ -122,14 +146,18 @@ def _build(source: Source, which: str, form: Form) -> Dataset:
 
 
 def _generate(files: Files, form: Form, state: str, code: str) -> Iterator[dict[str, Any]]:
-    num_skipped = 0
+    num_skipped, empty = 0, Counter[str]()
     for place, row in _rows(files):
         if form.skip_empty and form.is_empty(row):
             num_skipped += 1
-        else:
-            yield columns.columns(row, form, place)
+            continue
+        yield columns.columns(row, form, place)
+        empty.update(name for template in form.templates.values() for name in template.missing(row))
+    named = ", ".join(files[1:])
     if num_skipped:
-        print_once(f"data: {num_skipped} rows of {', '.join(files[1:])} left out, because a field of theirs is empty")
+        print_once(f"data: {num_skipped} rows of {named} left out, because a column of theirs is empty")
+    for name, count in empty.items():
+        print_once(f"data: {name!r} is empty in {count} rows of {named}: nothing stands in its place in the template")
 
 
 def _state(files: Files) -> str:
@@ -145,7 +173,7 @@ def _state(files: Files) -> str:
 
 
 def _code_digest() -> str:
-    modules = (sources, columns)
+    modules = (sources, columns, templates)
     return hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()
 
 

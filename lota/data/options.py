@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from lota.messages import did_you_mean
 
@@ -50,7 +50,7 @@ class Source:
     rejected_template: str | None = field(default=None, metadata={"help": "Likewise, instead of rejected_field."})
     skip_empty: bool = field(
         default=False,
-        metadata={"help": "Leave out rows in which a field that is needed is null; else they are refused."},
+        metadata={"help": "Leave out rows with nothing (null, NaN, no text) to make a column of; else refuse them."},
     )
     as_chat: bool = field(
         default=False,
@@ -164,9 +164,30 @@ def _part(entry: Any, where: str) -> Part:
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     if weight is not None and not (is_number and math.isfinite(weight) and weight > 0):
         raise ValueError(f"{where}: weight must be above 0, got {weight!r}; to leave a data set out, remove its entry")
-    source = Source(**{name: value for name, value in entry.items() if name != "weight"})
+    kinds = {name: str(kind) for name, kind in get_type_hints(Source).items()}
+    source = Source(**{n: _typed(n, value, kinds[n], where) for n, value in entry.items() if n != "weight"})
     _check_source(source, f"{where}: ")
     return Part(source, None if weight is None else float(weight))
+
+
+def _typed(name: str, value: Any, kind: str, where: str) -> Any:
+    """An entry's value as the same option of the top level would be read."""
+    if kind == str(bool):
+        words = {"true": True, "false": False, "yes": True, "no": False}
+        known = value if isinstance(value, bool) else words.get(str(value).lower())
+        if known is None:
+            raise ValueError(f"{where}: {name} must be true or false, got {value!r}")
+        return known
+    if value is None and "None" in kind:
+        return None
+    if kind.startswith("list"):
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list) or not items or not all(isinstance(item, str) for item in items):
+            raise ValueError(f"{where}: {name} must be a path or a list of paths, got {value!r}")
+        return items
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {name} must be text, got {value!r}: put it in quotes")
+    return value
 
 
 def _check_source(source: Source, where: str) -> None:

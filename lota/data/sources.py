@@ -22,10 +22,12 @@ Row = tuple[str, dict[str, Any]]
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
-    """The files of paths and glob patterns, sorted for a pattern. ValueError for what is not there or not data."""
+    """The files of paths and glob patterns (`**` goes into folders), sorted for a pattern, each once. ValueError for
+    what is not there or not data."""
     found: list[Path] = []
     for pattern in patterns:
-        paths = [Path(pattern)] if Path(pattern).is_file() else sorted(Path(path) for path in glob(pattern))
+        is_file = Path(pattern).is_file()
+        paths = [Path(pattern)] if is_file else sorted(Path(path) for path in glob(pattern, recursive=True))
         paths = [path for path in paths if path.is_file()]
         if not paths:
             raise ValueError(f"no such file: {pattern}")
@@ -33,7 +35,10 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
             if path.suffix not in SUFFIXES:
                 raise ValueError(f"expected a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, got {path}")
         found += paths
-    return found
+    once: dict[Path, Path] = {}
+    for path in found:
+        once.setdefault(path.resolve(), path)
+    return list(once.values())
 
 
 def named_files(plan: DataPlan) -> list[Path]:
@@ -98,15 +103,16 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    with open(path, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
+    with open(path, "rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            place = f"{path}, line {number}"
+            line = _decoded(raw, place, is_first=number == 1)
             if line.strip():
-                place = f"{path}, line {number}"
                 yield place, _object(_parsed(line, place), place)
 
 
 def _json_list(path: Path) -> Iterator[Row]:
-    rows = _parsed(path.read_text(encoding="utf-8-sig"), str(path))
+    rows = _parsed(_decoded(path.read_bytes(), str(path), is_first=True), str(path))
     for number, row in enumerate(rows, start=1):
         place = f"{path}, row {number}"
         yield place, _object(row, place)
@@ -114,17 +120,33 @@ def _json_list(path: Path) -> Iterator[Row]:
 
 def _is_list(path: Path) -> bool:
     """Whether a .json file is one list of objects, and not one object a line."""
-    with open(path, encoding="utf-8-sig") as file:
-        start = file.read(1)
-        while start.isspace():
-            start = file.read(1)
-    return start == "["
+    with open(path, "rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        while not start:
+            more = file.read(4096)
+            if not more:
+                break
+            start = more.lstrip()
+    return start.startswith(b"[")
+
+
+def _decoded(raw: bytes, place: str, is_first: bool) -> str:
+    """Text of UTF-8; a byte order mark at the start of a file is skipped."""
+    if is_first and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{place}: expected UTF-8, got UTF-16: save the file as UTF-8")
+    try:
+        return raw.decode("utf-8-sig" if is_first else "utf-8")
+    except UnicodeDecodeError as error:
+        part = raw[max(0, error.start - 10) : error.start + 10]
+        raise ValueError(f"{place}: expected UTF-8, got {part!r}: save the file as UTF-8") from None
 
 
 def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except RecursionError:
+        raise ValueError(f"{place}: JSON nested too deeply") from None
+    except ValueError as error:
         raise ValueError(f"{place}: not JSON ({error})") from error
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lota.data.tokenizer import encode
+
 IGNORED = -100
 
 
@@ -74,27 +76,23 @@ def score_answers(
     return AnswerScore(tuple(losses), tuple(tokens), tuple(exact))
 
 
-def encode(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], int]:
-    """Ids of prompt and completion, and how many belong to the prompt, as TRL does it.
-
-    Texts get the end token; messages get what the tokenizer's chat template puts there.
-    """
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str):
-        whole = [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]
-    else:
-        text = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return whole, len(encode_prompt(tokenizer, row))
-
-
-def encode_prompt(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
-    """Ids after which the model is to write the answer."""
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+@torch.no_grad()
+def check_causal(model: torch.nn.Module) -> None:
+    """ValueError where a token's logits depend on the tokens after it: no loss of such a model means anything. (An
+    encoder that is loaded as a causal model, without `is_decoder`, is one.)"""
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 9, dtype=torch.int64, device=device).unsqueeze(0)
+    other = ids.clone()
+    other[:, -1] = 10
+    was_training = model.training
+    model.eval()
+    one, two = (model(input_ids=tokens).logits[:, :-1].float() for tokens in (ids, other))
+    model.train(was_training)
+    if bool((one - two).abs().max() > 0.1 * one.std().clamp(min=1e-6)):
+        raise ValueError(
+            f"{type(model).__name__} is not causal: what it says of a token depends on the tokens after it, so its "
+            "answers cannot be scored. An encoder's config.json needs is_decoder: true"
+        )
 
 
 def collate(rows: Sequence[tuple[list[int], int]], padding: int) -> tuple[Tensor, Tensor]:

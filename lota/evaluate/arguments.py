@@ -22,6 +22,9 @@ class EvaluateArguments(SourceArguments):
     predictions: str | None = field(default=None, metadata={"help": "Folder for what the models wrote, .jsonl each."})
     dtype: str = field(default="auto", metadata={"help": "auto: the tickets' base's, else the checkpoint's."})
     device_map: str | None = field(default=None, metadata={"help": "auto spreads a model over this process's GPUs."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code that the model's folder brings along."}
+    )
     batch_size: int = field(default=8, metadata={"help": "Rows in one forward pass."})
     limit: int | None = field(default=None, metadata={"help": "Only the first rows, of the data and of every task."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer that is written."})

@@ -78,14 +78,19 @@ def reference_number(reference: str) -> Decimal | None:
 def marked_number(text: str) -> Decimal | None:
     """The first number after the first `####`; None where there is none."""
     _, mark, rest = text.partition(_MARK)
-    found = _NUMBER.search(rest.replace("$", "")) if mark else None
+    found = _NUMBER.search(_plain(rest)) if mark else None
     return _decimal(found.group()) if found else None
 
 
 def last_number(text: str) -> Decimal | None:
     """The last number of a text; None where there is none."""
-    found = _NUMBER.findall(text.replace("$", ""))
+    found = _NUMBER.findall(_plain(text))
     return _decimal(found[-1]) if found else None
+
+
+def _plain(text: str) -> str:
+    """Numbers as LaTeX and typographers write them in plain characters: 9{,}500, $5, and the minus sign."""
+    return text.replace("$", "").replace("{,}", ",").replace("\N{MINUS SIGN}", "-")
 
 
 def _decimal(text: str) -> Decimal:

@@ -7,7 +7,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from trl import TrlParser
 
 from lota.data.tokenizer import chat_template
 from lota.evaluate.arguments import EvaluateArguments
@@ -16,7 +15,14 @@ from lota.evaluate.lm_eval_tasks import TaskSettings
 from lota.evaluate.metrics import TEXT_METRICS, check_metrics
 from lota.evaluate.rows import has_rows
 from lota.ranks.world import world_size
-from lota.run.options import LotaArguments, RecipeConfig, keys_of_config, names_on_command_line, refuse_unknown
+from lota.run.options import (
+    LotaArguments,
+    RecipeConfig,
+    YamlParser,
+    keys_of_config,
+    names_on_command_line,
+    refuse_unknown,
+)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -26,7 +32,7 @@ def parse(argv: list[str] | None = None) -> EvaluateArguments:
     training options do not. ValueError for a key that neither knows, and for what cannot be scored."""
     # The deepspeed launcher adds its own --local_rank.
     argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]
-    parser = TrlParser((EvaluateArguments,))
+    parser = YamlParser((EvaluateArguments,))
     known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
     on_command_line = names_on_command_line(argv)
     refuse_unknown(on_command_line, known | {"config"})

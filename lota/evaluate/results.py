@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from lota.evaluate.lm_eval_tasks import headline
-from lota.files import write_text
+from lota.files import naming_odd, read_json_object, write_text
+
+
+def _check_entry(entry: Any) -> None:
+    """TypeError or KeyError where a model's entry is not one that `put` writes."""
+    figures = [entry["rows"] or {}, *(part for task in entry["tasks"].values() for part in task.values())]
+    is_sound = isinstance(entry["digests"], list) and isinstance(entry["seconds"], dict)
+    if not is_sound or not all(isinstance(part, dict) for part in figures):
+        raise TypeError("an entry of a model is none")
+    for value in (entry["rows"] or {}).values():
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{value!r:.80} is no figure")
 
 
 class Scoreboard:
@@ -26,9 +37,12 @@ class Scoreboard:
         if not self.path.exists():
             return
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            before, models = found["settings"], found["models"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            with naming_odd("its content"):
+                found = read_json_object(self.path)
+                before, models = dict(found["settings"].items()), dict(found["models"].items())
+                for entry in models.values():
+                    _check_entry(entry)
+        except ValueError as error:
             raise ValueError(f"{self.path} is no results file of an evaluation: choose another output") from error
         differ = [name for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]
         if differ:

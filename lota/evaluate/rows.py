@@ -71,5 +71,9 @@ def _row(row: Mapping[str, Any], number: int) -> Row:
                 f"evaluation row {number}: expected a conversation that ends with an assistant's answer to something, "
                 f"got roles {', '.join(message['role'] for message in row['messages'])}"
             )
-        return {"prompt": prompt, "completion": [answer]}
-    return {"prompt": row["prompt"], "completion": row["completion"]}
+        return {"prompt": prompt, "completion": [answer], **_beside(row)}
+    return {"prompt": row["prompt"], "completion": row["completion"], **_beside(row)}
+
+
+def _beside(row: Mapping[str, Any]) -> Row:
+    return {"tools": row["tools"]} if row.get("tools") is not None else {}

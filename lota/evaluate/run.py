@@ -19,9 +19,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from lota.architecture import read_config
 from lota.data.tokenizer import load_tokenizer
+from lota.delivery.base import check_base, check_numbers
+from lota.evaluate.answer_loss import check_causal
 from lota.evaluate.lm_eval_tasks import Harness
 from lota.evaluate.metrics import check_references
 from lota.evaluate.options import DTYPES, EvaluateArguments, decoding, parse, task_settings
@@ -47,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     _join_ranks()
     watch_ranks()
+    check_base(str(args.model_name_or_path), args.model_revision, trust_remote_code=args.trust_remote_code)
     how = RowSettings(tuple(args.metrics), decoding(args), args.batch_size, args.predictions)
     rows = evaluation_rows(args, args.seed)[: args.limit] if args.metrics else []
     check_references(args.metrics, [reference(row) for row in rows])
@@ -65,12 +69,13 @@ def main(argv: list[str] | None = None) -> None:
         print_once(f"{len(candidates) - len(todo)} of {len(candidates)} models are in {args.output} already")
     if todo:
         model, tokenizer = load(args)
+        check_causal(model)
         check_fit(model, tokenizer, rows, args.max_new_tokens if how.writes else 0)
         with Switch(model) as switch:
             for candidate in candidates:  # a ticket of another base should not be found after hours
                 switch.to(candidate.tickets)
             for candidate in todo:
-                switch.to(candidate.tickets)
+                switch.to(candidate.tickets, verify=False)
                 score(candidate, entries[candidate.name], model, tokenizer, rows, how, harness, board)
     if rank() == 0:
         print(board.table([candidate.name for candidate in candidates]), flush=True)
@@ -105,7 +110,7 @@ def score(
 def list_candidates(args: EvaluateArguments) -> list[Candidate]:
     """The base, then the tickets: alone, or together. Opens every ticket; ValueError for what is none."""
     paths = args.tickets or []
-    if len(set(paths)) != len(paths):
+    if len({os.path.realpath(path) for path in paths}) != len(paths):
         raise ValueError(f"tickets: expected every folder once, got {' '.join(paths)}")
     opened = [(path, Ticket.load(path), _digest(path)) for path in paths]
     candidates = [] if args.no_base else [Candidate("base", (), ())]
@@ -122,19 +127,30 @@ def weights_dtype(args: EvaluateArguments, candidates: Sequence[Candidate]) -> s
     found = {base.dtype for c in candidates for ticket in c.tickets for base in ticket.mask.base.values()}
     if len(found) == 1:
         return found.pop()
-    config = AutoConfig.from_pretrained(args.model_name_or_path, revision=args.model_revision)
+    config = read_config(
+        str(args.model_name_or_path), revision=args.model_revision, trust_remote_code=args.trust_remote_code
+    )
     return str(config.dtype or torch.float32).removeprefix("torch.")
 
 
 def load(args: EvaluateArguments) -> tuple[Any, Any]:
     """The base, on this process's accelerator where there is one."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model, loaded = AutoModelForCausalLM.from_pretrained(
         args.model_name_or_path,
         revision=args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+        output_loading_info=True,
         attn_implementation=args.attn_implementation,
         dtype=DTYPES[args.dtype],
         device_map=args.device_map,
     )
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{args.model_name_or_path} does not hold {missing[0]}, which {type(model).__name__} has: transformers "
+            "filled it with random numbers, so every run would give other scores. Take a base that has it"
+        )
+    check_numbers(model, str(args.model_name_or_path))
     if args.device_map is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
         assert device is not None
@@ -142,7 +158,7 @@ def load(args: EvaluateArguments) -> tuple[Any, Any]:
         model.to(f"{device.type}:{_local_rank()}")
     size = f"{model.num_parameters() / 1e6:.1f}M parameters"
     print_once(f"{args.model_name_or_path}: {size}, {model.dtype}, {model.device}")
-    tokenizer = load_tokenizer(str(args.model_name_or_path), args.model_revision)
+    tokenizer = load_tokenizer(str(args.model_name_or_path), args.model_revision, args.trust_remote_code)
     if args.chat_template_path is not None:
         tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
     return model.eval(), tokenizer

@@ -15,8 +15,9 @@ from typing import Any
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
+from lota.data.tokenizer import encode
 from lota.delivery.live import Applied, apply_, exchange_
-from lota.evaluate.answer_loss import encode, score_answers
+from lota.evaluate.answer_loss import score_answers
 from lota.evaluate.generate import Decoding, write_answers
 from lota.evaluate.metrics import TEXT_METRICS, scorer
 from lota.evaluate.rows import Row, reference
@@ -53,12 +54,14 @@ class Switch:
     def __exit__(self, *_: object) -> None:
         self.to(())
 
-    def to(self, tickets: Sequence[Ticket]) -> None:
-        """Put `tickets` on in place of those that are on; none: the base. ValueError leaves everything as it is."""
+    def to(self, tickets: Sequence[Ticket], *, verify: bool = True) -> None:
+        """Put `tickets` on in place of those that are on; none: the base. ValueError leaves everything as it is.
+
+        verify: hold the model against the tickets' fingerprints, which is needed once for each."""
         if tickets and self._applied is not None:
-            self._applied = exchange_(self._model, self._applied, tickets)
+            self._applied = exchange_(self._model, self._applied, tickets, verify=verify)
         elif tickets:
-            self._applied = apply_(self._model, tickets)
+            self._applied = apply_(self._model, tickets, verify=verify)
         elif self._applied is not None:
             self._applied.revert()
             self._applied = None

@@ -21,6 +21,8 @@ CAUSE_TIMEOUT = 5.0  # seconds to wait after a broken collective to learn which 
 _advice: str | None = None
 _watch: RankWatch | None = None
 _is_training = False
+_has_begun = False
+_GIVEN_WRONG = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 
 def run_job(main: Callable[[], None], advice: str = "") -> None:
@@ -31,6 +33,7 @@ def run_job(main: Callable[[], None], advice: str = "") -> None:
     global _advice
     _advice = advice
     quiet_libraries()
+    print_anything()
     try:
         main()
     except Exception as error:  # noqa: BLE001 (reported to all ranks)
@@ -49,6 +52,19 @@ def watch_ranks() -> None:
         _watch = RankWatch(_advice)
 
 
+def begun() -> None:
+    """The run's folder holds what can be resumed: from now on the advice is given."""
+    global _has_begun
+    _has_begun = True
+
+
+def print_anything() -> None:
+    """A terminal of ASCII shows characters that it does not have as escapes, where printing them would be an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def training(is_training: bool) -> None:
     """Between the begin and the end of the steps nothing is checked that the user gave: a ValueError is a fault then,
     and shows where it came from."""
@@ -63,7 +79,7 @@ def _leave() -> None:
 
 def _end(error: Exception) -> int:
     """Say what happened, once in a job; the exit status."""
-    is_wrong_input = isinstance(error, ValueError) and not _is_training
+    is_wrong_input = isinstance(error, (ValueError, *_GIVEN_WRONG)) and not _is_training
     is_disk_full = isinstance(error, OSError) and error.errno in _DISK_FULL
     says_all = is_wrong_input or is_disk_full or isinstance(error, FloatingPointError)  # from skipped steps
     reason = str(error) if is_wrong_input else f"{type(error).__name__}: {error}"
@@ -72,7 +88,7 @@ def _end(error: Exception) -> int:
     if not says_all:
         traceback.print_exception(error)
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-    text = reason if is_wrong_input else f"rank {rank} failed: {reason}.{_advice}"
+    text = reason if is_wrong_input else f"rank {rank} failed: {reason}.{_advice if _has_begun else ''}"
     if _watch is not None:
         _watch.fail(reason, text)
     else:

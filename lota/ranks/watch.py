@@ -86,7 +86,8 @@ class RankWatch:
         if self._rank == 0:
             self._say_once(reason, text)
         self._tell({"failed": reason})
-        _end_after_grace()
+        if self._sockets:
+            _end_after_grace()
 
     def wait_for_end(self, seconds: float) -> Ended | None:
         """The rank that ended first, if one does within this time, after rank 0 has said so. A broken collective is

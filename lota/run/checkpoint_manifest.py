@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lota.files import write_text
+from lota.files import naming_odd, read_json, write_text
 from lota.run.batch import Batch
 
 NAME = "contents.json"
@@ -48,18 +48,26 @@ def write(folder: Path, batch: Batch, views: Iterable[Mapping[str, Mapping[str, 
 def read(folder: Path) -> tuple[Batch, Files]:
     """What contents.json says. ValueError where it is missing, damaged or newer."""
     try:
-        body = json.loads((folder / NAME).read_bytes())
+        body = read_json(folder / NAME)
     except FileNotFoundError:
         raise ValueError(f"checkpoint {folder} has no {NAME}, so it was not finished") from None
     except ValueError as error:
-        raise ValueError(f"checkpoint {folder} is damaged: {NAME}: {error}") from None
+        reason = str(error).removeprefix(f"{folder / NAME}: ")
+        raise ValueError(f"checkpoint {folder} is damaged: {NAME}: {reason}") from None
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise ValueError(f"checkpoint {folder} is damaged: {NAME} does not say format {FORMAT!r}")
     if body.get("version") != VERSION:
         raise ValueError(f"checkpoint {folder}: expected version {VERSION} of {NAME}, got {body.get('version')!r}")
     if body.pop("sha256", None) != _digest(body):
         raise ValueError(f"checkpoint {folder} is damaged: {NAME} does not match its own sha256")
-    return Batch(**body["batch"]), body["files"]
+    with naming_odd(f"checkpoint {folder} is damaged: {NAME}"):
+        batch = Batch(**body["batch"])
+        if any(type(value) is not int or value < 1 for value in asdict(batch).values()):
+            raise TypeError(f"expected numbers of rows and ranks, got {body['batch']!r:.80}")
+        for name, facts in body["files"].items():
+            if Path(name).is_absolute() or ".." in Path(name).parts or type(facts["bytes"]) is not int:
+                raise TypeError(f"{name!r:.80} is no file of a checkpoint")
+        return batch, body["files"]
 
 
 def verify(folder: Path) -> Batch:

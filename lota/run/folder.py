@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import yaml
 
 from lota.data.options import DataPlan
 from lota.delivery.card import write_ticket_card
-from lota.files import naming_disk_full, write_text
+from lota.files import naming_disk_full, naming_odd, only_writer, read_json_object, write_text
 from lota.ranks.agree import checked_together, from_rank_0, together
+from lota.ranks.process import begun
 from lota.ranks.world import print_once, rank, world_size
 from lota.run import resume_checks
 from lota.run.batch import Batch
@@ -45,10 +47,24 @@ class RunFolder:
         rank 0 sees holds for all. config.yaml then holds the options in force from here on."""
         self.path = Path(str(config.output_dir))
         self.is_writer = rank() == 0
+        self._held = ExitStack()
         self.resume = from_rank_0(lambda: self._begin(options, config, plan))
+        begun()
+
+    def close(self) -> None:
+        """Let another run have the folder; a process that ends does so too."""
+        self._held.close()
 
     def _begin(self, run: RunOptions, config: Config, plan: DataPlan) -> Resume:
-        """ValueError where there is another run, or one that may not be resumed."""
+        """ValueError where there is another run, or one that may not be resumed, or a process that runs it now."""
+        self._held.enter_context(only_writer(self.path.absolute(), "runs in"))
+        try:
+            return self._decide(run, config, plan)
+        except BaseException:
+            self.close()
+            raise
+
+    def _decide(self, run: RunOptions, config: Config, plan: DataPlan) -> Resume:
         options, facts = resolved(run, config), resume_checks.facts(plan, config, world_size())
         found = [name for name in LEFT_BY_A_RUN if (self.path / name).exists()]
         if found and not wants_resume(config.resume_from_checkpoint):
@@ -79,8 +95,11 @@ class RunFolder:
         if (self.path / "summary.json").is_file():
             raise ValueError(f"output_dir {self.path} holds a complete run, so there is nothing to resume")
         try:
-            options = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-            return options, json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            with naming_odd(f"output_dir {self.path}"):
+                options = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+                return dict(options.items()), read_json_object(self.path / "run.json")
+        except yaml.YAMLError as error:
+            raise ValueError(f"output_dir {self.path}: config.yaml is not YAML: {str(error)[:200]}") from None
         except FileNotFoundError as error:
             missing = Path(error.filename).name
             raise ValueError(f"output_dir {self.path} holds a run without {missing}: choose another") from None
@@ -103,7 +122,7 @@ class RunFolder:
         if not from_rank_0((self.path / "mask").is_dir):
             return None
         with checked_together():
-            facts = json.loads((self.path / "calibration.json").read_text(encoding="utf-8"))
+            facts = read_json_object(self.path / "calibration.json")
             return Mask.load(self.path / "mask"), facts
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -163,7 +182,7 @@ def remove_unfinished(folder: Path) -> None:
         marker.unlink(missing_ok=True)
     for place in (folder, folder / "calibration"):
         for name in ("checkpoint-*", "run.json", *LEFT_BY_A_RUN):
-            for ending in ("partial", "tmp-*", "old-*"):
+            for ending in ("partial*", "tmp-*", "old-*"):
                 for path in place.glob(f".{name}.{ending}"):
                     if path.is_dir():
                         shutil.rmtree(path, ignore_errors=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import date
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from trl import DPOConfig, SFTConfig, TrlParser
@@ -47,10 +49,42 @@ class PreferenceConfig(_Defaults, DPOConfig):
 Config = RecipeConfig | PreferenceConfig
 
 
+class YamlParser(TrlParser):
+    """TRL's parser, for which YAML's own reading of words is no trap: `no` is false to YAML, and 007 is 7."""
+
+    def set_defaults_with_config(self, **options: Any) -> list[str]:
+        kinds = {name: kind for each in self.dataclass_types for name, kind in get_type_hints(each).items()}
+        read = {name: _as_text(name, value, kinds[name]) if name in kinds else value for name, value in options.items()}
+        unread: list[str] = super().set_defaults_with_config(**read)
+        return unread
+
+
+_NUMBERS_TOO = ("shard_group_size", "deepspeed")
+
+
+def _as_text(name: str, value: Any, kind: Any) -> Any:
+    """A value of the file for an option of that type; ValueError where YAML read text as something else."""
+    of_items = any(str(part).startswith("list[str]") for part in (kind, *get_args(kind)))
+    if isinstance(value, list) and of_items:
+        for item in value:
+            if not isinstance(item, str):
+                raise ValueError(f"{name}: expected text, got {item!r}, which YAML reads so: put it in quotes")
+    kinds = {*get_args(kind), kind}
+    takes_text = str in kinds or any(isinstance(part, type) and issubclass(part, Enum) for part in kinds)
+    is_odd = isinstance(value, (bool, int, float, date)) and not {bool, int, float} & kinds
+    if not takes_text or not is_odd:
+        return value
+    if value is False:
+        return "no"  # the word that options with a choice use for nothing: eval_strategy, save_strategy
+    if name in _NUMBERS_TOO and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(f"{name}: expected text, got {value!r}, which YAML reads so: put it in quotes")
+
+
 def parse(argv: list[str] | None = None, config_class: type[Config] = RecipeConfig) -> tuple[LotaArguments, Config]:
     """Options from `--config FILE` and the command line; a misspelt key is refused with the nearest right one."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = TrlParser((LotaArguments, config_class))
+    parser = YamlParser((LotaArguments, config_class))
     known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
     refuse_unknown([*keys_of_config(argv), *names_on_command_line(argv)], known | {"config", "env", "local_rank"})
     lota_args, config = parser.parse_args_and_config(argv)
@@ -82,7 +116,14 @@ def keys_of_config(argv: list[str]) -> list[str]:
         return []
     import yaml
 
-    path = Path(argv[argv.index("--config") + 1])
+    place = argv.index("--config") + 1
+    path = Path(argv[place] if place < len(argv) else "")
     if not path.is_file():
         raise ValueError(f"--config: no such file: {path}")
-    return [str(key) for key in (yaml.safe_load(path.read_text(encoding="utf-8")) or {})]
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ValueError(f"--config: {path} is not YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"--config: {path} must hold options with their values (a YAML mapping)")
+    return list(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -56,6 +57,7 @@ class RunOptions:
     model: str
     revision: str
     attn_implementation: str | None
+    trust_remote_code: bool
     is_preference: bool
     calibration: Calibration | None
     mask: str | None
@@ -91,6 +93,7 @@ def resolve(
     unused = _Unused(args, argv)
     if not args.model_name_or_path:
         raise ValueError("model_name_or_path is missing: give a folder or a name on the hub")
+    _check_values(config)
     if config.save_only_model and config.save_strategy != "no":
         raise ValueError(
             "save_only_model would leave checkpoints that hold neither the ticket nor anything to resume from: remove "
@@ -165,6 +168,7 @@ def resolve(
         model=args.model_name_or_path,
         revision=args.model_revision,
         attn_implementation=args.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
         is_preference=isinstance(config, PreferenceConfig),
         calibration=calibration,
         mask=args.mask,
@@ -180,6 +184,32 @@ def resolve(
         given={name: value for name, value in asdict(args).items() if value is not None},
         notes=tuple(unused.notes),
     )
+
+
+_AT_LEAST_ONE = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("max_length", "save_steps", "eval_steps", "logging_steps", "max_prompt_length", "save_total_limit"),
+)
+_NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "warmup_steps", "warmup_ratio", "label_smoothing_factor")
+
+
+def _check_values(config: Config) -> None:
+    """ValueError for numbers that nobody can mean, which the Trainer takes without a word."""
+    for name in _AT_LEAST_ONE:
+        value = getattr(config, name, None)
+        is_fraction = name.endswith("_steps") and isinstance(value, float) and 0 < value < 1  # of all steps
+        if value is not None and not value >= 1 and not is_fraction:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name in _NOT_NEGATIVE:
+        value = getattr(config, name, None)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be 0 or above, got {value}")
+    if not 0 < config.learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be above 0, got {config.learning_rate}")
+    if config.max_steps == 0 or config.max_steps < -1:
+        raise ValueError(f"max_steps must be at least 1 (or -1 for whole epochs), got {config.max_steps}")
+    if config.max_steps == -1 and not 0 < config.num_train_epochs < math.inf:
+        raise ValueError(f"num_train_epochs must be above 0, got {config.num_train_epochs}")
 
 
 _CALIBRATION = (
@@ -205,9 +235,7 @@ def _adapter(args: LotaArguments) -> Adapter:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
     if not 0 <= args.lora_dropout < 1:
         raise ValueError(f"lora_dropout must be in [0, 1), got {args.lora_dropout}")
-    return Adapter(
-        args.lora_r, args.lora_alpha, args.lora_dropout, tuple(args.lora_target_modules), args.use_rslora
-    )
+    return Adapter(args.lora_r, args.lora_alpha, args.lora_dropout, tuple(args.lora_target_modules), args.use_rslora)
 
 
 def _calibration(args: LotaArguments, config: Config, unused: _Unused) -> Calibration:

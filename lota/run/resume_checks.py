@@ -6,6 +6,7 @@ config.yaml holds the options; run.json what they do not say: how many ranks the
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -49,8 +50,28 @@ def facts(plan: DataPlan, config: Any, ranks: int) -> dict[str, Any]:
     }
 
 
+_PATHS = ("model_name_or_path", "train_file", "eval_file", "mask", "protect", "chat_template_path", "tasks_path")
+
+
+def _resolved(options: Mapping[str, Any]) -> dict[str, Any]:
+    """With paths that exist as they really are: the same file may be named through links, or from elsewhere."""
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, list):
+            return [resolve(item) for item in value]
+        if isinstance(value, dict):
+            return {key: resolve(item) if key in _PATHS else item for key, item in value.items()}
+        return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
+
+    found = {name: resolve(value) if name in _PATHS else value for name, value in options.items()}
+    if isinstance(found.get("mixture"), list):
+        found["mixture"] = [resolve(entry) for entry in found["mixture"]]
+    return found
+
+
 def check_options(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     """ValueError, naming every option that differs and may not."""
+    before, now = _resolved(before), _resolved(now)
     names = sorted({*before, *now} - MAY_CHANGE)
     differing = [
         f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names if before.get(name) != now.get(name)

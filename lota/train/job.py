@@ -7,6 +7,7 @@ and `main_mask` stops at the mask. Every rank runs them, under `lota.ranks.proce
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,8 @@ from lota.blocks import sparse_zero3
 from lota.data import checks, dataset
 from lota.data.dataset import Sets
 from lota.data.options import DataPlan, plan_data
+from lota.data.tokenizer import chat_template
+from lota.delivery.base import check_base
 from lota.ranks.agree import check_output_dir, check_same, checked_together
 from lota.ranks.process import watch_ranks
 from lota.ranks.stop import listening
@@ -30,14 +33,16 @@ from lota.train import lora, whole_model
 from lota.train.calibrate import calibrate, mask_facts
 from lota.train.phase import Phase, timed, training_dtype
 from lota.train.print_plan import print_plan
+from lota.train.rehearse import rehearse
 from lota.zero.deepspeed.dense_report import dense_report
 
 
 def main(argv: list[str] | None = None, config_class: type[Config] = RecipeConfig) -> None:
     """config_class: RecipeConfig trains on examples, PreferenceConfig on preferences. argv: None takes sys.argv."""
-    with listening():
+    with listening(), ExitStack() as closing:
         job = parse_options(argv, config_class)
         load_data(job)
+        closing.callback(job.folder.close)
         if job.options.is_sparse:
             find_mask(job)
             deliver_ticket(job, train(job))
@@ -53,9 +58,10 @@ def main_dpo(argv: list[str] | None = None) -> None:
 
 def main_mask(argv: list[str] | None = None) -> None:
     """Calibrate, and stop at the mask."""
-    with listening():
+    with listening(), ExitStack() as closing:
         job = parse_options(argv, mask_only=True)
         load_data(job)
+        closing.callback(job.folder.close)
         find_mask(job)
         print_once(f"mask in {job.folder.path / 'mask'}")
         finish(job)
@@ -86,9 +92,7 @@ class Trained:
     run: Any = None
 
 
-def parse_options(
-    argv: list[str] | None, config_class: type[Config] = RecipeConfig, mask_only: bool = False
-) -> Job:
+def parse_options(argv: list[str] | None, config_class: type[Config] = RecipeConfig, mask_only: bool = False) -> Job:
     """Join the other ranks, settle the options, print the plan. Collective; ValueError on every rank for bad ones."""
     started = time.monotonic()
     join_world()
@@ -98,6 +102,15 @@ def parse_options(
     watch_ranks()
     with checked_together():
         options = resolve(args, config, mask_only=mask_only, argv=argv)
+        check_base(
+            options.model,
+            options.revision,
+            trust_remote_code=options.trust_remote_code,
+            is_whole=not options.dense,
+            needs_safetensors=options.merged and options.is_sparse,
+        )
+        if not mask_only:
+            rehearse(options, config)
     if not mask_only:
         print_plan(options, config)
     check_output_dir(str(config.output_dir))
@@ -110,13 +123,28 @@ def load_data(job: Job) -> None:
     with checked_together():
         job.plan = plan_data(job.args)
         job.sets = dataset.load(job.plan, config.seed, options.is_preference)
-        notes = [*options.notes, *checks.check(job.sets, options.model, options.revision, config)]
+        notes = [
+            *options.notes,
+            *_check_rows(job),
+        ]
     check_same("rows", dataset.identity(job.sets))
     job.folder = RunFolder(options, config, job.plan)
     job.summary |= {"method": options.method, "model": options.model, "world_size": world_size()}
     for note in notes:
         print_once(note)
     print_once(f"{options.method} on {options.model}, {world_size()} ranks, weights in {training_dtype(config)}")
+
+
+def _check_rows(job: Job) -> list[str]:
+    options = job.options
+    return checks.check(
+        job.sets,
+        options.model,
+        options.revision,
+        job.config,
+        options.trust_remote_code,
+        lambda roles: dataset.place_of_roles(job.plan, roles, options.is_preference),
+    )
 
 
 def find_mask(job: Job) -> None:
@@ -204,7 +232,7 @@ def deliver_ticket(job: Job, trained: Trained) -> None:
     if options.merged:
         with timed(job.seconds, "merged"):
             whole_model.save_applied(
-                options, training_dtype(job.config), folder.path / "ticket", folder.path / "merged"
+                options, training_dtype(job.config), folder.path / "ticket", folder.path / "merged", _template(job)
             )
 
 
@@ -219,8 +247,13 @@ def deliver_model(job: Job, trained: Trained) -> None:
             job.summary["adapter"] = lora.save_adapter(engine, folder.path / "adapter", options)
     if options.merged:
         with timed(job.seconds, "merged"):
-            whole_model.save_sharded(engine, folder.path / "merged", options)
+            whole_model.save_sharded(engine, folder.path / "merged", options, _template(job))
     trained.phase.close()
+
+
+def _template(job: Job) -> str | None:
+    """The path of the chat template that the run trains with, where it is not the tokenizer's own."""
+    return chat_template(getattr(job.config, "chat_template_path", None))
 
 
 def finish(job: Job) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import deepspeed
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, ProgressCallback
@@ -81,9 +82,10 @@ class Phase:
             args=self.config,
             train_dataset=train,
             eval_dataset=evaluation,
-            processing_class=load_tokenizer(options.model, options.revision),
+            processing_class=load_tokenizer(options.model, options.revision, options.trust_remote_code),
             peft_config=None if options.adapter is None else lora.peft_config(options.adapter),
         )
+        check_positions(model.config, self.prepared, self.config)
         self.trainer.saved_step = None if self._checkpoint is None else step_of(self._checkpoint)
         self.trainer.remove_callback(ProgressCallback)
         self.folder = folder
@@ -176,10 +178,47 @@ def load_model(options: RunOptions, config: Config) -> Any:
         options.model,
         revision=options.revision,
         attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
         dtype=training_dtype(config),
     )
     model.config.use_cache = False
+    _name_as_trl_expects(model)
     return model
+
+
+def _name_as_trl_expects(model: Any) -> None:
+    """What TRL 1.16 looks for under one name, and some architectures have under another: the backbone (Llama 4's text
+    part), and the number of experts, for the router's loss (Llama 4, Phi-MoE, Granite)."""
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_local_experts", None)
+    if experts is not None and not hasattr(config, "num_experts"):
+        config.num_experts = experts
+
+
+def check_positions(model_config: Any, rows: Dataset, config: Any) -> None:
+    """ValueError where a row has more tokens than the model has positions: what it learns there means nothing, and some
+    models read past a table."""
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1 or getattr(config, "packing", False):
+        return
+    longest = 0
+    for batch in rows.with_format("arrow").iter(1000):
+        if "input_ids" in batch.column_names:
+            lengths = pc.list_value_length(batch.column("input_ids"))
+        else:
+            prompt, chosen, rejected = (
+                pc.list_value_length(batch.column(f"{part}_ids")) for part in ("prompt", "chosen", "rejected")
+            )
+            lengths = pc.add(prompt, pc.max_element_wise(chosen, rejected))
+        longest = max(longest, pc.max(lengths).as_py() or 0)
+    longest = min(longest, config.max_length or longest)
+    if longest > positions:
+        raise ValueError(
+            f"a row has {longest} tokens, and the model has {positions} positions: set max_length: {positions}, or "
+            "remove such rows"
+        )
 
 
 def needs_reference(options: RunOptions, config: Config) -> bool:

@@ -51,7 +51,9 @@ def lines_of_left_out(options: RunOptions, config: Config) -> list[str]:
 
 def _model(options: RunOptions, config: Config) -> plan.ModelShapes:
     dtype = str(training_dtype(config)).removeprefix("torch.")
-    return plan.read_model(options.model, revision=options.revision, dtype=dtype)
+    return plan.read_model(
+        options.model, revision=options.revision, dtype=dtype, trust_remote_code=options.trust_remote_code
+    )
 
 
 def _phases(options: RunOptions, model: plan.ModelShapes, layout: plan.Layout) -> list[plan.MethodPlan]:

@@ -44,6 +44,15 @@ class WholeCheckpoints:
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's would stand in output_dir and speak of a model that is not there; the ticket has a card of its own."""
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Some schedules (polynomial) read the optimizer's defaults, which DeepSpeed's own wrapper does not hand on."""
+        wrapper = self.optimizer if optimizer is None else optimizer  # type: ignore[attr-defined]
+        while not hasattr(wrapper, "defaults") and hasattr(wrapper, "optimizer"):
+            if hasattr(wrapper.optimizer, "defaults"):
+                wrapper.defaults = wrapper.optimizer.defaults
+            wrapper = wrapper.optimizer
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer checks after a step whether it was the last: resumed from the last checkpoint, it would take one
         more."""

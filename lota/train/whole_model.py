@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lota.data.tokenizer import load_tokenizer
 from lota.delivery.apply import apply_to_checkpoint
 from lota.delivery.model_folder import locate
+from lota.delivery.side_files import copy_side_files
+from lota.files import read_json_object, sync, write_text
 from lota.ranks.agree import together
 from lota.ranks.world import barrier, print_once, rank
 from lota.run.resolve import RunOptions
@@ -26,18 +27,35 @@ from lota.train import lora
 SHARD_BYTES = 4 << 30
 
 
-def save_applied(options: RunOptions, dtype: torch.dtype, ticket_path: Path, path: Path) -> None:
-    """Write the base, cast to `dtype`, with the ticket's values assigned. Rank 0 works, the others wait."""
+def save_applied(
+    options: RunOptions, dtype: torch.dtype, ticket_path: Path, path: Path, template: str | None = None
+) -> None:
+    """Write the base, cast to `dtype`, with the ticket's values assigned. template: path of the chat template that the
+    run used, which the folder then has. Rank 0 works, the others wait."""
     with together():
         if rank() == 0:
             shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before its summary
             base = locate(options.model, options.revision)
-            apply_to_checkpoint(base, [Ticket.load(ticket_path)], path, dtype=dtype, say=print_once)
+            apply_to_checkpoint(
+                base,
+                [Ticket.load(ticket_path)],
+                path,
+                dtype=dtype,
+                trust_remote_code=options.trust_remote_code,
+                finish=lambda folder: _write_template(folder, template),
+                say=print_once,
+            )
             print_once(f"merged model in {path}")
 
 
-def save_sharded(engine: Any, path: Path, options: RunOptions) -> None:
-    """Write the model of a ZeRO-3 engine as a Hugging Face folder. Collective.
+def _write_template(folder: Path, template: str | None) -> None:
+    if template is not None:
+        write_text(folder / "chat_template.jinja", Path(template).read_text(encoding="utf-8"))
+
+
+def save_sharded(engine: Any, path: Path, options: RunOptions, template: str | None = None) -> None:
+    """Write the model of a ZeRO-3 engine as a Hugging Face folder, with all that its base's folder holds beside the
+    weights. Collective.
 
     Tensors are gathered one at a time, an adapter merged into them, and rank 0 holds at most one shard file. Tied
     tensors are written once, as transformers does.
@@ -48,6 +66,7 @@ def save_sharded(engine: Any, path: Path, options: RunOptions) -> None:
     if rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+    dtypes: set[str] = set()
     shard: dict[str, Tensor] = {}
     shards: list[list[str]] = []
     total = 0
@@ -55,6 +74,7 @@ def save_sharded(engine: Any, path: Path, options: RunOptions) -> None:
         if tensor is not None:
             shard[name] = tensor
             total += tensor.nbytes
+            dtypes |= {str(tensor.dtype).removeprefix("torch.")} if tensor.is_floating_point() else set()
         if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
             shards.append(_write_shard(temporary, len(shards), shard))
             shard = {}
@@ -62,12 +82,28 @@ def save_sharded(engine: Any, path: Path, options: RunOptions) -> None:
         if shard:
             shards.append(_write_shard(temporary, len(shards), shard))
         _name_shards(temporary, shards, total)
-        model.config.save_pretrained(temporary)
-        load_tokenizer(options.model, options.revision).save_pretrained(temporary)
+        _add_side_files(temporary, model, options, next(iter(dtypes)) if len(dtypes) == 1 else None)
+        _write_template(temporary, template)
+        sync(temporary)
         shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before its summary
         os.replace(temporary, path)
         print_once(f"trained model in {path}")
     barrier()
+
+
+def _add_side_files(folder: Path, model: Any, options: RunOptions, dtype: str | None) -> None:
+    """The base's own files, byte for byte but for the dtype in config.json; where the trained class is not the base's
+    (the text part of a multimodal one), the configuration is the trained one's."""
+    copy_side_files(locate(options.model, options.revision), folder, print_once)
+    config = read_json_object(folder / "config.json")
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if type(unwrapped).__name__ not in (config.get("architectures") or []):
+        unwrapped.config.use_cache = True
+        unwrapped.config.save_pretrained(folder)
+        config = read_json_object(folder / "config.json")
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if dtype is not None and config.get(key) != dtype:
+        write_text(folder / "config.json", json.dumps(config | {key: dtype}, indent=2) + "\n")
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor | None]]:

@@ -59,7 +59,7 @@ def test_every_kind_of_file_and_patterns(tmp_path: Path) -> None:
 
 def test_text_stays_what_it_is(tmp_path: Path) -> None:
     """The readers of tables and of JSON that are in use elsewhere turn these into numbers, times and nothing."""
-    texts = ["007", "2024-05-01", "NA", "1e5", ""]
+    texts = ["007", "2024-05-01", "NA", "1e5", " "]
     rows = [{"prompt": "p", "completion": text} for text in texts]
     pd.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
     for file in (str(tmp_path / "a.csv"), write(tmp_path / "b.jsonl", rows)):
@@ -235,4 +235,4 @@ def test_a_mixture_in_the_config_file_and_on_the_command_line(tmp_path: Path) ->
     args, _ = parse(["--mixture", f"[{{train_file: {file}}}]"])
     assert load(plan_data(args)).train.to_list() == [{"text": "t"}]
     args, _ = parse(["--train_file", file, file])
-    assert len(load(plan_data(args)).train) == 2
+    assert len(load(plan_data(args)).train) == 1  # a file that is named twice counts once

@@ -93,7 +93,8 @@ def test_what_the_config_says_of_the_tokenizer_is_kept(tmp_path: Path) -> None:
     )  # fmt: skip
     tokenizer = load_tokenizer(str(args.model_name_or_path))
     reference = sentencepiece.SentencePieceProcessor(model_proto=model)
-    assert tokenizer("the")["input_ids"] == [*reference.encode("the"), 2] and tokenizer.chat_template == "{{ x }}"
+    # All but the end of every text, which training puts there itself.
+    assert tokenizer("the")["input_ids"] == reference.encode("the") and tokenizer.chat_template == "{{ x }}"
     assert tokenizer.pad_token == "</s>"  # this model has no piece for padding
 
     size = reference.get_piece_size()

@@ -26,15 +26,15 @@ def test_exact_match_is_greedy_decodings() -> None:
     class Fixed:
         """A tokenizer of texts that are numbers of rows, so that text round trips play no part."""
 
-        pad_token_id, eos_token_id = PADDING, END
+        pad_token_id, eos_token_id, eos_token = PADDING, END, "."
 
         def __call__(self, text: str) -> dict[str, list[int]]:
-            number, *whole = text.split("+")
+            number, *whole = text.rstrip(".").split("+")
             prompt, answer, _, is_right = rows[int(number)]
             if not whole:
                 return {"input_ids": prompt}
             last = answer[-1] if is_right else (answer[-1] + 1) % 300
-            return {"input_ids": [*prompt, *answer[:-1], last]}
+            return {"input_ids": [*prompt, *answer[:-1], last, *([self.eos_token_id] if text.endswith(".") else [])]}
 
     fixed = Fixed()
     # Greedy decoding was told to go on: the end token counts as wrong unless the model would choose it.

@@ -39,7 +39,9 @@ class Job:
         self._patch.delenv("WORLD_SIZE", raising=False)
         args, config = parse(words)
         self._patch.setenv("WORLD_SIZE", str(ranks))
-        return RunFolder(resolve(args, config, argv=words), config, plan_data(args))
+        folder = RunFolder(resolve(args, config, argv=words), config, plan_data(args))
+        folder.close()
+        return folder
 
     def go_on(self, ranks: int = 2, **changes: Any) -> RunFolder:
         return self.start(ranks, resume_from_checkpoint="true", **changes)

@@ -21,7 +21,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
 def test_attention(base: Path, name: str) -> None:
-    args: Any = SimpleNamespace(model=str(base), revision="main", attn_implementation=name)
+    args: Any = SimpleNamespace(
+        model=str(base), revision="main", attn_implementation=name, trust_remote_code=False
+    )
     model = load_model(args, SimpleNamespace(bf16=True, fp16=False))  # type: ignore[arg-type]
     assert model.config._attn_implementation == name
 
