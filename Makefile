@@ -21,7 +21,7 @@ help:
 	@echo "  make test-oldest  the blocks, tickets and kernels with the oldest versions they support (requirements/oldest.txt)"
 	@echo "  make test-gpu   the tests that need an accelerator"
 	@echo "  make lint       ruff and mypy"
-	@echo "  make soak       kill ranks of a job 20 times at random moments and resume (about 15 minutes, 2 cores)"
+	@echo "  make soak       20,000 mutated files of every kind; then kill ranks of a job 20 times at random moments and resume (about 50 minutes, 2 cores)"
 	@echo "  make bench      kernels and whole steps on this CPU, after their tests (about 5 minutes, 2 cores)"
 	@echo "  make bench-gpu  everything on one GPU: tests, kernels, whole steps of 1B and 8B (MINUTES=8, OUT=runs/bench/gpu)"
 	@echo "  make clean      remove $(VENV), runs/ and tool caches"
@@ -78,6 +78,7 @@ test-gpu: $(STAMP)
 
 # SOAK_KILLS and SOAK_SEED, from the command line or the environment, say how often and when.
 soak: $(STAMP)
+	$(RUN) HF_HUB_OFFLINE=1 $(BIN)/python -m tests.soak_inputs --number "$(or $(SOAK_INPUTS),20000)" --seed "$(or $(SOAK_SEED),0)"
 	$(RUN) SOAK_KILLS="$(or $(SOAK_KILLS),20)" $(if $(SOAK_SEED),SOAK_SEED="$(SOAK_SEED)") $(BIN)/python -m tests.train.soak
 
 # No figure while results are wrong: the kernels' tests come first.
