@@ -3,17 +3,24 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lota import algebra as algebra
     from lota import delivery as delivery
     from lota import kernels as kernels
     from lota import optim as optim
     from lota import plan as plan
     from lota import selection as selection
     from lota import ticket as ticket
+    from lota.algebra import diff, extract, merge
     from lota.blocks import calibration_zero3, sparse_zero3
     from lota.delivery.live import apply_, exchange_
+    from lota.delivery.switcher import TicketSwitcher
     from lota.ticket import Mask, Ticket
 
 _HOMES = {
+    "TicketSwitcher": "lota.delivery.switcher",
+    "diff": "lota.algebra",
+    "extract": "lota.algebra",
+    "merge": "lota.algebra",
     "Mask": "lota.ticket",
     "Ticket": "lota.ticket",
     "apply_": "lota.delivery.live",
@@ -21,9 +28,20 @@ _HOMES = {
     "exchange_": "lota.delivery.live",
     "sparse_zero3": "lota.blocks",
 }
-_SUBMODULES = ("delivery", "kernels", "optim", "plan", "selection", "ticket")
+_SUBMODULES = ("algebra", "delivery", "kernels", "optim", "plan", "selection", "ticket")
 
-__all__ = ["Mask", "Ticket", "apply_", "calibration_zero3", "exchange_", "sparse_zero3"]
+__all__ = [
+    "Mask",
+    "Ticket",
+    "TicketSwitcher",
+    "apply_",
+    "calibration_zero3",
+    "diff",
+    "exchange_",
+    "extract",
+    "merge",
+    "sparse_zero3",
+]
 
 
 def __getattr__(name: str) -> Any:

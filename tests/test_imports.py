@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "selection": {"choices", "ticket", "kernels"},
     "optim": {"messages", "ticket", "kernels"},
     "delivery": {"architecture", "checkpoint_keys", "files", "messages", "tensor_names", "ticket"},
+    "algebra": {"architecture", "checkpoint_keys", "delivery", "selection", "tensor_names", "ticket"},
     "zero.checkpoint": {"files", "ranks", "ticket"},
     "zero.compact": {"choices", "zero.checkpoint", "plan", "ticket", "kernels"},
     "zero.deepspeed": {"zero.checkpoint", "zero.compact", "delivery", "files"},

@@ -12,15 +12,38 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from lota.cli import apply, config, demo, export, inspect, jobs, plan, report, revert
+from lota.cli import (
+    apply,
+    change,
+    config,
+    demo,
+    diff,
+    export,
+    extract,
+    inspect,
+    jobs,
+    mask,
+    merge,
+    overlap,
+    plan,
+    push,
+    report,
+    revert,
+    verify,
+)
 from lota.cli.needs import missing
 from lota.messages import printable
 
-COMMANDS = (plan, config, inspect, apply, revert, export, report, demo)
+COMMANDS = (
+    *(plan, config, inspect, apply, revert, verify, export),
+    *(diff, extract, merge, overlap, change, mask),
+    *(push, report, demo),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit code 0, or 2 with one line on stderr for what the user gave or the disk refused."""
+    """Run one command. Exit code 0 (diff, verify: 1 where something differs), or 2 with one line on stderr for what the
+    user gave or the disk refused."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -45,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             known[name](words)
             return 0
         args = parser.parse_args(argv)
-        args.run(args)
+        return args.run(args) or 0
     except BrokenPipeError:  # `lota inspect ... | head` closed it: nothing is wrong
         sys.stderr.close()
     except ModuleNotFoundError as error:

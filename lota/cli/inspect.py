@@ -54,10 +54,12 @@ def run(args: argparse.Namespace) -> None:
 
 def describe(path: Path, manifest: Manifest) -> dict[str, Any]:
     """All that ticket.json and the sizes of the files say, as JSON can hold it."""
+    from lota.ticket.hub import local_directory
     from lota.ticket.manifest import MANIFEST_NAME
 
     files = sorted({record.file for record in manifest.tensors})
-    num_bytes = sum((path / file).stat().st_size for file in (MANIFEST_NAME, *files))
+    directory = local_directory(path)
+    num_bytes = sum((directory / file).stat().st_size for file in (MANIFEST_NAME, *files))
     tensors = {
         record.name: {
             "shape": list(record.shape),

@@ -13,6 +13,8 @@ _EXTRAS = {
     "evaluate": "recipes,eval",
     "plan": "train",
     "export": "train",
+    "overlap": "recipes",
+    "push": "train",
 }
 
 

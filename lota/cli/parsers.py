@@ -8,9 +8,10 @@ from typing import Any
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], *, summary: str, text: str, examples: str
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], *, summary: str, text: str, examples: str
 ) -> argparse.ArgumentParser:
-    """A parser for `lota name`. summary: its line in `lota --help`; text, examples: shown by `lota name --help`."""
+    """A parser for `lota name`. run: may return an exit status of its own. summary: its line in `lota --help`; text,
+    examples: shown by `lota name --help`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,

@@ -258,25 +258,28 @@ def _verify(on: _Placed, own: str, name: str, tensor: Tensor, verified: Verified
 
 def _assign(ticket: Ticket, name: str, tensor: Tensor) -> None:
     if ticket.mask.active(name):
-        values = ticket.values(name)
+        flat, positions = flatten(tensor), ticket.mask.indices(name)
+        values = ticket.values_on(name, flat[positions])
         check_dtype(name, tensor.dtype, values.dtype)
-        flat = flatten(tensor)
-        flat.index_copy_(0, ticket.mask.indices(name), rounded(name, values, flat))
+        flat.index_copy_(0, positions, rounded(name, values, flat))
 
 
 def _put_back(ticket: Ticket, name: str, tensor: Tensor, tuned: Path) -> None:
     """Assign the base values, if the ticket's own values are what is there."""
     ticket.mask.check_base(name, tuple(tensor.shape), str(tensor.dtype), None)
-    check_dtype(name, tensor.dtype, ticket.base_values(name).dtype)
-    flat = flatten(tensor)
-    positions, values = ticket.mask.indices(name), rounded(name, ticket.values(name), flat)
-    num_other = count_changed(flat[positions], values)
+    flat, positions = flatten(tensor), ticket.mask.indices(name)
+    there = flat[positions]
+    before = ticket.base_values_on(name, there)
+    check_dtype(name, tensor.dtype, before.dtype)
+    # Values that are stored as differences are those of whatever is there; the base's fingerprint then decides.
+    values = rounded(name, ticket.values_on(name, before), flat)
+    num_other = count_changed(there, values)
     if num_other:
         raise ValueError(
             f"{name}: expected the ticket's values at its {positions.numel()} entries, got others at {num_other}: "
             f"{tuned} is not this ticket applied to its base"
         )
-    flat.index_copy_(0, positions, ticket.base_values(name).to(flat.dtype))
+    flat.index_copy_(0, positions, before.to(flat.dtype))
 
 
 def _check_all_edited(placed: Sequence[_Placed], path: Path) -> None:

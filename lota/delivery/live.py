@@ -133,26 +133,8 @@ def exchange_(model: nn.Module, applied: Applied, ticket: Ticket | Sequence[Tick
 @torch.no_grad()
 def _assign(model: nn.Module, tickets: Sequence[Ticket], verify: bool) -> Applied:
     """Check all, then write."""
-    tensors = _tensors(model)
     check_disjoint(tickets)
-    prefix = getattr(model, "base_model_prefix", None)
-    writes: list[_Entries] = []
-    for ticket in tickets:
-        for name, found in find_names(ticket.names, tensors, prefix).items():
-            if found is None:
-                hint = _hint(ticket, name, tensors)
-                raise ValueError(f"the ticket names {name}, which the model does not have" + hint)
-            tensor = tensors[found]
-            _check_present(found, tensor, ticket.mask.shape(name))
-            check_is_base(ticket.mask, name, tensor.detach(), verify)
-            if ticket.mask.active(name):
-                values = ticket.values(name)
-                _check_writable(found, tensor, values.dtype)
-                flat = flatten(tensor)
-                positions = ticket.mask.indices(name).to(flat.device)
-                writes.append(_Entries(found, tensor, positions, rounded(name, values.to(flat.device), flat)))
-        if verify:
-            _check_frozen(ticket.mask, tensors, prefix)
+    writes = [_Entries(*found) for ticket in tickets for found in locate_entries(model, ticket, verify)]
     _check_once(writes)
     saved = [_Entries(part.name, part.tensor, part.positions, flatten(part.tensor)[part.positions]) for part in writes]
     with _undone_on_error() as write:
@@ -161,13 +143,37 @@ def _assign(model: nn.Module, tickets: Sequence[Ticket], verify: bool) -> Applie
     return Applied(model, saved)
 
 
+def locate_entries(model: nn.Module, ticket: Ticket, verify: bool = True) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+    """For every tensor with active entries: the model's name of it, the tensor, and positions and values, on its device
+    and in its dtype. ValueError where the model cannot take the ticket; nothing is written."""
+    tensors = _tensors(model)
+    prefix = getattr(model, "base_model_prefix", None)
+    found_entries = []
+    for name, found in find_names(ticket.names, tensors, prefix).items():
+        if found is None:
+            hint = _hint(ticket, name, tensors)
+            raise ValueError(f"the ticket names {name}, which the model does not have" + hint)
+        tensor = tensors[found]
+        _check_present(found, tensor, ticket.mask.shape(name))
+        check_is_base(ticket.mask, name, tensor.detach(), verify)
+        if ticket.mask.active(name):
+            flat = flatten(tensor)
+            positions = ticket.mask.indices(name).to(flat.device)
+            values = ticket.values_on(name, flat[positions])
+            _check_writable(found, tensor, values.dtype)
+            found_entries.append((found, tensor, positions, rounded(name, values.to(flat.device), flat)))
+    if verify:
+        _check_frozen(ticket.mask, tensors, prefix)
+    return found_entries
+
+
 @contextmanager
 def _undone_on_error() -> Iterator[Any]:
     """A function that writes entries; what it wrote is taken back when the block ends in an error of any kind."""
     before: list[_Entries] = []
 
     def write(part: _Entries) -> None:
-        with _mode_of(part.tensor):
+        with tensor_mode(part.tensor):
             flat = flatten(part.tensor)
             before.append(_Entries(part.name, part.tensor, part.positions, flat[part.positions]))
             flat.index_copy_(0, part.positions, part.bits)
@@ -176,13 +182,13 @@ def _undone_on_error() -> Iterator[Any]:
         yield write
     except BaseException:
         for part in reversed(before):
-            with _mode_of(part.tensor):
+            with tensor_mode(part.tensor):
                 flatten(part.tensor).index_copy_(0, part.positions, part.bits)
         raise
 
 
 @contextmanager
-def _mode_of(tensor: Tensor) -> Iterator[None]:
+def tensor_mode(tensor: Tensor) -> Iterator[None]:
     """Tensors that were made in inference mode can be written in inference mode only."""
     with torch.inference_mode() if tensor.is_inference() else nullcontext(), torch.no_grad():
         yield

@@ -135,7 +135,8 @@ def _write(
         if module not in whole and ticket.mask.active(name):
             flat, positions = flatten(weight), ticket.mask.indices(name)
             try:
-                sparse[module] = deltas(positions, flat[positions], ticket.values(name).to(flat.dtype))
+                before = flat[positions]
+                sparse[module] = deltas(positions, before, ticket.values_on(name, before).to(flat.dtype))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
     rank, fitting = choose_rank(skeleton, sparse, whole)
@@ -282,7 +283,8 @@ def _whole_tensors(
         tensor = read(name).clone(memory_format=torch.contiguous_format)
         alias = next((alias for alias in tied.get(name, [name]) if alias in known), None)
         if alias is not None and ticket.mask.active(alias):
-            tensor.view(-1).index_copy_(0, ticket.mask.indices(alias), ticket.values(alias).to(tensor.dtype))
+            flat, positions = tensor.view(-1), ticket.mask.indices(alias)
+            flat.index_copy_(0, positions, ticket.values_on(alias, flat[positions]).to(tensor.dtype))
         made[_PREFIX + name] = tensor
     return made
 

@@ -35,6 +35,7 @@ from lota.ranks.process import watch_ranks
 from lota.ranks.world import print_once, rank, world_size
 from lota.run.folder import versions
 from lota.ticket import Ticket
+from lota.ticket.hub import local_directory
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _settings(args: EvaluateArguments, rows: list[dict[str, Any]]) -> dict[str, 
 
 def _digest(ticket: str) -> str:
     """Identifies a ticket's contents: its manifest holds the sha256 of every tensor."""
-    return hashlib.sha256(Path(ticket, "ticket.json").read_bytes()).hexdigest()
+    return hashlib.sha256((local_directory(ticket) / "ticket.json").read_bytes()).hexdigest()
 
 
 def _eval_versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from lota.ticket.codec import ELIAS_FANO, MAX_NUMEL, num_bytes
 from lota.ticket.container import parse_json
+from lota.ticket.difference import CODEC as DIFFERENCE_CODEC
 from lota.ticket.rows import Rows, check_rows, span, whole
 
 MANIFEST_NAME = "ticket.json"
@@ -47,7 +48,9 @@ class BaseTensor:
 class TensorRecord:
     """One tensor's part of ticket.json; the dtypes and sha256 of values that are not stored are None.
 
-    rows: the range of rows that may be active; None: all of them.
+    rows: the range of rows that may be active; None: all of them. difference: dtype, bytes of the planes and sha256 of
+    the stream that gives values from base values and back (`lota.ticket.difference`); then base values are not stored,
+    and values need not be.
     """
 
     name: str
@@ -63,6 +66,7 @@ class TensorRecord:
     base_values_dtype: str | None = None
     base_values_sha256: str | None = None
     rows: Rows | None = None
+    difference: tuple[str, tuple[int, ...], str] | None = None
 
     @property
     def numel(self) -> int:
@@ -83,7 +87,8 @@ class TensorRecord:
     def version(self) -> int:
         """The version of the format that can say this."""
         dtypes = {self.values_dtype, self.base_values_dtype, self.base.dtype if self.base else None} - {None}
-        is_plain = self.rows is None and (self.base is None or self.base.rows is None) and dtypes <= set(DTYPES)
+        is_whole = self.rows is None and (self.base is None or self.base.rows is None)
+        is_plain = is_whole and self.difference is None and dtypes <= set(DTYPES)
         return 1 if is_plain else 2
 
 
@@ -231,6 +236,9 @@ def _format_tensor(record: TensorRecord) -> str:
     entry |= {"file": record.file, "index": index | {"sha256": record.index_sha256}}
     if record.values_dtype is not None:
         entry["values"] = {"dtype": record.values_dtype, "sha256": record.values_sha256}
+    if record.difference is not None:
+        dtype, sizes, sha256 = record.difference
+        entry["difference"] = {"dtype": dtype, "codec": DIFFERENCE_CODEC, "sizes": list(sizes), "sha256": sha256}
     if record.base_values_dtype is not None:
         entry["base_values"] = {"dtype": record.base_values_dtype, "sha256": record.base_values_sha256}
     return json.dumps(entry, separators=(",", ":"))
@@ -266,12 +274,17 @@ def _parse_tensor(entry: Any, has_values: bool, has_base_values: bool) -> Tensor
     except ValueError as error:
         raise ValueError(f"{fields.where}: {error}") from None
     index.finish()
-    values = _parse_values(fields, "values") if has_values else (None, None)
-    base_values = _parse_values(fields, "base_values") if has_base_values else (None, None)
+    difference = _parse_difference(fields, num_active) if "difference" in fields else None
+    if difference is not None and not (has_values and has_base_values):
+        raise ValueError(f"{fields.where}: expected a difference only where there are values and base values")
+    has_own = has_values and (difference is None or "values" in fields)
+    values = _parse_values(fields, "values") if has_own else (None, None)
+    stores_base = has_base_values and difference is None
+    base_values = _parse_values(fields, "base_values") if stores_base else (None, None)
     fields.finish()
     record = TensorRecord(
         name, tuple(shape), num_active, base, file, codec, low_bits, index_sha256,
-        values[0], values[1], base_values[0], base_values[1], rows,
+        values[0], values[1], base_values[0], base_values[1], rows, difference,
     )  # fmt: skip
     if num_active > record.eligible:
         raise ValueError(f"{fields.where}: expected at most {record.eligible} active entries, got {num_active}")
@@ -283,6 +296,20 @@ def _parse_rows(fields: _Fields, shape: list[int]) -> Rows:
     if len(rows) != 2 or any(type(row) is not int for row in rows) or tuple(rows) == whole(shape):
         raise ValueError(f"{fields.where}: expected rows as two integers that leave some out, got {rows!r:.80}")
     return check_rows(fields.where, shape, rows)
+
+
+def _parse_difference(fields: _Fields, num_active: int) -> tuple[str, tuple[int, ...], str]:
+    difference = _Fields(fields.take("difference", dict), f"{fields.where}, difference")
+    dtype, sha256 = difference.take("dtype", str), difference.take("sha256", str, _HEX_64)
+    codec, sizes = difference.take("codec", str), difference.take("sizes", list)
+    if dtype not in DTYPES or codec != DIFFERENCE_CODEC:
+        got = f"{codec} of {dtype}"
+        raise ValueError(f"{difference.where}: expected {DIFFERENCE_CODEC} of {', '.join(DTYPES)}, got {got:.80}")
+    most = 2 * num_active + 1024  # deflate grows what it cannot pack by far less
+    if any(type(size) is not int or not 0 <= size <= most for size in sizes):
+        raise ValueError(f"{difference.where}: expected sizes of planes of {num_active} bytes, got {sizes!r:.80}")
+    difference.finish()
+    return dtype, tuple(sizes), sha256
 
 
 def _parse_values(fields: _Fields, kind: str) -> tuple[str, str]:

@@ -362,6 +362,8 @@ class Mask:
         applied; None for a mask without values and base values."""
         if self._values is None or self._base_values is None:
             return None
+        if name not in self._values or name not in self._base_values:
+            return None  # a packed ticket, whose values are not known without the base
         positions, before = self.indices(name), self._base_values[name]
         after = self._values[name].to(before.dtype)
         return add(fingerprint_at(positions, after), -fingerprint_at(positions, before))

@@ -18,8 +18,9 @@ from torch import Tensor
 from lota.files import MAX_JSON_BYTES, open_regular
 from lota.ticket.codec import EncodedIndex, check, decode, encode, num_bytes
 from lota.ticket.container import DTYPE_CODES, StoredTensor, read_bytes, read_header
+from lota.ticket.hub import local_directory
 from lota.ticket.manifest import MANIFEST_NAME, Manifest, TensorRecord, parse_manifest
-from lota.ticket.writer import BASE_VALUES, DTYPE_NAMES, INDEX, VALUES
+from lota.ticket.writer import BASE_VALUES, DIFFERENCE, DTYPE_NAMES, INDEX, VALUES
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -32,6 +33,7 @@ class StoredTicket:
     indices: dict[str, EncodedIndex]
     values: StoredValues | None
     base_values: StoredValues | None
+    differences: StoredDifferences
 
 
 class StoredValues(Mapping[str, Tensor]):
@@ -51,9 +53,27 @@ class StoredValues(Mapping[str, Tensor]):
         return len(self._entries)
 
 
+class StoredDifferences(Mapping[str, tuple[str, Tensor, tuple[int, ...]]]):
+    """By tensor name dtype, stream and sizes of its planes, read from the file and held against the sha256 at every
+    access."""
+
+    def __init__(self, entries: dict[str, tuple[StoredTensor, tuple[str, tuple[int, ...], str]]]) -> None:
+        self._entries = entries
+
+    def __getitem__(self, name: str) -> tuple[str, Tensor, tuple[int, ...]]:
+        stored, (dtype, sizes, sha256) = self._entries[name]
+        return dtype, read_bytes(stored, sha256, name), sizes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """What the ticket or mask directory `path` says of itself. ValueError where ticket.json is missing or damaged."""
-    file = Path(path) / MANIFEST_NAME
+    file = local_directory(path) / MANIFEST_NAME
     try:
         with open_regular(file) as content:
             text = content.read(MAX_JSON_BYTES + 1)
@@ -71,8 +91,9 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 def open_ticket(path: str | os.PathLike[str]) -> StoredTicket:
     """Open a ticket or mask directory; memory as large as the encoded indices. ValueError on whatever is wrong."""
+    path = local_directory(path)
     manifest = read_manifest(path)
-    stored = _locate(Path(path), manifest)
+    stored = _locate(path, manifest)
     indices = {record.name: _read_index(stored[record.name + INDEX], record) for record in manifest.tensors}
     values = base_values = None
     if manifest.has_values:
@@ -80,6 +101,7 @@ def open_ticket(path: str | os.PathLike[str]) -> StoredTicket:
             {
                 record.name: (stored[record.name + VALUES], str(record.values_dtype), str(record.values_sha256))
                 for record in manifest.tensors
+                if record.values_dtype is not None
             }
         )
     if manifest.has_base_values:
@@ -88,8 +110,14 @@ def open_ticket(path: str | os.PathLike[str]) -> StoredTicket:
                 stored[record.name + BASE_VALUES], str(record.base_values_dtype), str(record.base_values_sha256)
             )
             for record in manifest.tensors
+            if record.base_values_dtype is not None
         })  # fmt: skip
-    return StoredTicket(manifest, indices, values, base_values)
+    differences = {
+        record.name: (stored[record.name + DIFFERENCE], record.difference)
+        for record in manifest.tensors
+        if record.difference is not None
+    }
+    return StoredTicket(manifest, indices, values, base_values, StoredDifferences(differences))
 
 
 def _locate(directory: Path, manifest: Manifest) -> dict[str, StoredTensor]:
@@ -99,6 +127,9 @@ def _locate(directory: Path, manifest: Manifest) -> dict[str, StoredTensor]:
         keys = expected.setdefault(record.file, {})
         shortest = num_bytes(record.codec, record.numel, record.num_active, record.low_bits)
         keys[record.name + INDEX] = ("U8", shortest, shortest + 7)
+        if record.difference is not None:
+            size = sum(record.difference[1])
+            keys[record.name + DIFFERENCE] = ("U8", size, size)
         for suffix, dtype in ((VALUES, record.values_dtype), (BASE_VALUES, record.base_values_dtype)):
             if dtype is not None:
                 exact = record.num_active * _DTYPES[dtype].itemsize

@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lota.ticket.difference import decode
 from lota.ticket.manifest import check_provenance
 from lota.ticket.mask import Mask
 from lota.ticket.reader import open_ticket
@@ -36,7 +38,7 @@ class Ticket:
         _check_all("values", mask, values)
         if base_values is not None:
             _check_all("base_values", mask, base_values)
-        self._fill(mask, values, base_values, check_provenance(provenance), None, check_provenance(model))
+        self._fill(mask, values, base_values, check_provenance(provenance), None, check_provenance(model), {})
 
     def _fill(
         self,
@@ -46,7 +48,9 @@ class Ticket:
         provenance: dict[str, Any],
         num_changed: int | None,
         model: dict[str, Any],
+        differences: Mapping[str, tuple[str, Tensor, tuple[int, ...]]],
     ) -> None:
+        self._differences = differences
         self._mask, self._values, self._base_values = mask, values, base_values
         self._provenance, self._num_changed, self._model = provenance, num_changed, model
 
@@ -68,7 +72,13 @@ class Ticket:
 
     @property
     def has_base_values(self) -> bool:
+        """Whether the ticket can be undone by itself."""
         return self._base_values is not None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether values are stored as differences alone, so that they are read beside the base's (`values_on`)."""
+        return any(name not in self._values for name in self._differences)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -87,13 +97,48 @@ class Ticket:
         A loaded ticket answers from ticket.json; `verify` recounts. ValueError without base values.
         """
         if self._num_changed is None:
-            self._num_changed = sum(count_changed(self.values(name), self.base_values(name)) for name in self.names)
+            self.base_values(self.names[0]) if self.names else None  # ValueError without them
+            self._num_changed = sum(map(self._count_changed, self.names))
         return self._num_changed
+
+    def _count_changed(self, name: str) -> int:
+        if name in self._differences:  # equal bits have a difference of 0, whatever they are
+            dtype = getattr(torch, self._differences[name][0])
+            zeros = torch.zeros(self._mask.active(name), dtype=dtype)
+            return count_changed(self._decoded(name, zeros, is_base=True), zeros)
+        return count_changed(self.values(name), self.base_values(name))
 
     def values(self, name: str) -> Tensor:
         """New values `[mask.active(name)]` of tensor `name`, in ascending flat order."""
         self._mask.shape(name)  # an unknown name is refused here
+        if name in self._differences and name not in self._values:
+            raise ValueError(_PACKED)
         return self._values[name]
+
+    def values_on(self, name: str, base: Tensor) -> Tensor:
+        """New values `[mask.active(name)]` where the base has `base` at the active entries (in its dtype). Of a ticket
+        that is not packed they are `values(name)`."""
+        if name not in self._differences or name in self._values:
+            return self.values(name)
+        return self._decoded(name, base, is_base=True)
+
+    def base_values_on(self, name: str, tuned: Tensor) -> Tensor:
+        """The base's values where the tuned model has `tuned` at the active entries. Of a ticket that is not packed
+        they are `base_values(name)`."""
+        if name not in self._differences or name in self._values:
+            return self.base_values(name)
+        return self._decoded(name, tuned, is_base=False)
+
+    def _decoded(self, name: str, known: Tensor, *, is_base: bool) -> Tensor:
+        dtype, data, sizes = self._differences[name]
+        if str(known.dtype) != f"torch.{dtype}":
+            raise ValueError(
+                f"{name}: expected weights in {dtype}, of which the ticket holds differences, got {known.dtype}"
+            )
+        try:
+            return decode(data, sizes, known, is_base=is_base)
+        except ValueError as error:
+            raise ValueError(f"{self._mask.origin}: {name}: {error}") from None
 
     def base_values(self, name: str) -> Tensor:
         """The base's values `[mask.active(name)]`. ValueError when the ticket was written without them."""
@@ -103,6 +148,8 @@ class Ticket:
                 "this ticket holds no base values, so it cannot be undone by itself. "
                 "Take them from the base model, or save the ticket with base values."
             )
+        if name in self._differences:
+            return self._decoded(name, self.values(name), is_base=False)
         return self._base_values[name]
 
     def renamed(self, names: Mapping[str, str]) -> Ticket:
@@ -117,6 +164,7 @@ class Ticket:
             self._provenance,
             self._num_changed,
             self._model,
+            {own.get(name, name): stream for name, stream in self._differences.items()},
         )
         return made
 
@@ -125,19 +173,34 @@ class Ticket:
         for name in self.names:
             for _ in self._mask.chunks(name):  # a piece at a time: decoded whole, a dense index is 64 times its file
                 pass
-            self.values(name)
+            if name in self._values:
+                self.values(name)
         if self._base_values is not None:
-            count = sum(count_changed(self.values(name), self.base_values(name)) for name in self.names)
+            count = sum(map(self._count_changed, self.names))
             if count != self.num_changed:
                 raise ValueError(
                     f"{self._mask.origin}: expected num_changed {count}, as its values have it, got {self.num_changed}"
                 )
 
     def save(
-        self, path: str | os.PathLike[str], *, shard_bytes: int = DEFAULT_SHARD_BYTES, overwrite: bool = False
+        self,
+        path: str | os.PathLike[str],
+        *,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        overwrite: bool = False,
+        form: str = "plain",
     ) -> None:
-        """Write the directory `path` atomically, tensor by tensor; ValueError where something is unless `overwrite`."""
-        options: dict[str, Any] = {"model": self._model, "shard_bytes": shard_bytes, "overwrite": overwrite}
+        """Write the directory `path` atomically, tensor by tensor; ValueError where something is unless `overwrite`.
+
+        form: see `TicketWriter`; `packed` takes a third of the bytes, and needs the base (or the tuned model) to be
+        read.
+        """
+        options: dict[str, Any] = {
+            "model": self._model,
+            "shard_bytes": shard_bytes,
+            "overwrite": overwrite,
+            "form": form,
+        }
         with TicketWriter(path, self._mask, self._provenance, **options) as writer:
             for name in self.names:
                 writer.add(name, self.values(name), self.base_values(name) if self.has_base_values else None)
@@ -154,11 +217,18 @@ class Ticket:
         manifest = stored.manifest
         mask = Mask.of_stored(stored, str(path))
         ticket = cls.__new__(cls)  # the values' dtypes and lengths were checked against the files, without reading them
-        ticket._fill(mask, stored.values, stored.base_values, manifest.provenance, manifest.num_changed, manifest.model)
+        facts = manifest.provenance, manifest.num_changed, manifest.model
+        ticket._fill(mask, stored.values, stored.base_values, *facts, stored.differences)
         return ticket
 
     def __repr__(self) -> str:
         return f"Ticket({self._mask!r}, {'with' if self.has_base_values else 'without'} base values)"
+
+
+_PACKED = (
+    "this ticket is packed: it holds the differences to its base, whose values are needed to read its own. Apply it, "
+    "or unpack it first (lota unpack TICKET --base BASE)"
+)
 
 
 class _Renamed(Mapping[str, Tensor]):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lota.files import sync_path
+from lota.ticket import difference
 from lota.ticket.container import StreamWriter
 from lota.ticket.manifest import (
     DTYPES,
@@ -34,7 +35,10 @@ if TYPE_CHECKING:
     from lota.ticket.mask import Mask
 
 DEFAULT_SHARD_BYTES = 4 << 30
-INDEX, VALUES, BASE_VALUES = ".index", ".values", ".base_values"
+INDEX, VALUES, BASE_VALUES, DIFFERENCE = ".index", ".values", ".base_values", ".difference"
+FORMS = ("plain", "values", "packed")
+"""Values and base values; values, and the difference to the base's; the difference alone, which needs the base (or the
+tuned model) to be read."""
 DTYPE_NAMES = {getattr(torch, name): name for name in WHOLE_DTYPES}
 _FLOAT_DTYPES = tuple(getattr(torch, name) for name in DTYPES)
 
@@ -46,7 +50,8 @@ class TicketWriter:
             for name in mask.names:
                 writer.add(name, values, base_values)
 
-    path: the ticket's directory; it must not exist, or be empty, or (with `overwrite`) be a ticket. model: see
+    form: one of FORMS; where a tensor is no smaller in another form, it is plain. path: the ticket's directory; it must
+    not exist, or be empty, or (with `overwrite`) be a ticket. model: see
     `Manifest`.
     shard_bytes: a new file is begun before one would grow larger; one tensor is never divided.
     Leaving the block normally closes: ValueError when a tensor was not added. Leaving it by an exception abandons, and
@@ -63,7 +68,11 @@ class TicketWriter:
         model: Mapping[str, Any] | None = None,
         shard_bytes: int = DEFAULT_SHARD_BYTES,
         overwrite: bool = False,
+        form: str = "plain",
     ) -> None:
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        self._form = form
         self.path = Path(os.path.realpath(path))
         self._mask, self._provenance, self._model = mask, check_provenance(provenance), check_provenance(model)
         self._shard_bytes, self._overwrite = shard_bytes, overwrite
@@ -104,7 +113,22 @@ class TicketWriter:
         if base_values is not None:
             self._has_base_values = True
             self.num_changed = (self.num_changed or 0) + count_changed(values, base_values)
+        coded = self._difference(values, base_values)
+        if coded is not None:
+            data, sizes = coded
+            kept = {VALUES: values} if self._form == "values" else {}
+            self._write(name, shape, kept | {DIFFERENCE: data}, (DTYPE_NAMES[values.dtype], tuple(sizes)))
+            return
         self._write(name, shape, {VALUES: values} | ({} if base_values is None else {BASE_VALUES: base_values}))
+
+    def _difference(self, values: Tensor, base_values: Tensor | None) -> tuple[Tensor, list[int]] | None:
+        """The coded difference, where this form and these tensors have one that is smaller than the base values."""
+        if self._form == "plain" or base_values is None or not values.numel():
+            return None
+        if values.dtype not in _FLOAT_DTYPES or values.dtype != base_values.dtype:
+            return None
+        data, sizes = difference.encode(values, base_values)
+        return (data, sizes) if data.numel() < base_values.nbytes else None
 
     def add_mask_only(self) -> None:
         """Write every tensor's index and no values: a mask."""
@@ -143,7 +167,13 @@ class TicketWriter:
         else:
             self.abandon()
 
-    def _write(self, name: str, shape: tuple[int, ...], values: dict[str, Tensor]) -> None:
+    def _write(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        values: dict[str, Tensor],
+        coded: tuple[str, tuple[int, ...]] | None = None,
+    ) -> None:
         if not self._is_open:
             raise ValueError(f"{self.path}: this writer is closed; nothing can be added")
         if name in self._records:
@@ -154,14 +184,14 @@ class TicketWriter:
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + index.data.numel()
         padding = torch.zeros(-num_bytes % 8, dtype=torch.uint8)
         tensors[INDEX] = torch.cat([index.data, padding])
-        shard = self._shard_for(num_bytes + padding.numel(), len(values))
+        shard = self._shard_for(num_bytes + padding.numel(), 2 if coded else len(values))
         sha256 = {suffix: shard.add(name + suffix, tensor) for suffix, tensor in tensors.items()}
-        dtypes = {suffix: DTYPE_NAMES[tensor.dtype] for suffix, tensor in values.items()}
+        dtypes = {suffix: DTYPE_NAMES[tensor.dtype] for suffix, tensor in values.items() if suffix != DIFFERENCE}
         self._shard_of[name] = len(self._shards) - 1
         self._records[name] = TensorRecord(
             name, shape, index.num_active, self._mask.base.get(name), "", index.codec, index.low_bits, sha256[INDEX],
             dtypes.get(VALUES), sha256.get(VALUES), dtypes.get(BASE_VALUES), sha256.get(BASE_VALUES),
-            self._mask.restricted_rows.get(name),
+            self._mask.restricted_rows.get(name), None if coded is None else (*coded, sha256[DIFFERENCE]),
         )  # fmt: skip
 
     def _shard_for(self, num_bytes: int, num_kinds: int) -> StreamWriter:
@@ -173,6 +203,7 @@ class TicketWriter:
             self._shards[-1].close()
         left = [name for name in self._mask.names if name not in self._records]
         suffixes = (INDEX, VALUES, BASE_VALUES)[: 1 + num_kinds]
+        suffixes += (DIFFERENCE,) if self._form != "plain" else ()
         keys = [name + suffix for name in left for suffix in suffixes]
         most = sum(
             self._mask.encoded(name).data.numel()
