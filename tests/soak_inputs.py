@@ -331,7 +331,8 @@ def run(number: int, seed: int, only: str | None = None, progress: bool = False)
                 outcome = "ok"
             except (ValueError, OSError) as error:
                 outcome = "refused"
-                assert str(error) and len(str(error)) < 5000, f"{kind}, seed {seed}, case {case}: {error!r:.200}"
+                if not 0 < len(str(error)) < 5000:
+                    failures[f"{kind}: a message of {len(str(error))} characters"] = f"seed {seed}, case {case}"
             except (Exception, Hung) as error:  # noqa: BLE001 (counted as failures)
                 frame = traceback.extract_tb(error.__traceback__)[-1]
                 where = f"{Path(frame.filename).name}:{frame.lineno}"

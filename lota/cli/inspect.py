@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,8 @@ def describe(path: Path, manifest: Manifest) -> dict[str, Any]:
         "has_fingerprints": any(record.base is not None for record in manifest.tensors),
         "num_bytes": num_bytes,
         "bits_per_eligible_weight": 8 * num_bytes / manifest.eligible if manifest.eligible else 0.0,
+        "index_bound": _index_bound(manifest),
+        "is_packed": any(record.difference and record.values_dtype is None for record in manifest.tensors),
         "files": [MANIFEST_NAME, *files],
         "provenance": manifest.provenance,
         "model": manifest.model,
@@ -95,6 +98,16 @@ def describe(path: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def _index_bound(manifest: Manifest) -> float:
+    """Bits per eligible weight that no code for the positions can go below, if all of a tensor's are as likely."""
+    bits = 0.0
+    for record in manifest.tensors:
+        share = record.num_active / record.numel if record.numel else 0.0
+        if 0 < share < 1:
+            bits -= record.numel * (share * math.log2(share) + (1 - share) * math.log2(1 - share))
+    return bits / manifest.eligible if manifest.eligible else 0.0
+
+
 def report(facts: dict[str, Any]) -> list[str]:
     """The same facts as lines to read."""
     active, changed = facts["num_active"], facts["num_changed"]
@@ -102,11 +115,15 @@ def report(facts: dict[str, Any]) -> list[str]:
         f"{facts['kind']:<12}{printable(facts['path'])}" + (", everything verified" if facts["verified"] else ""),
         f"{'density':<12}{facts['density']:.8g}: {active:,} of {facts['eligible']:,} eligible entries in "
         f"{len(facts['tensors'])} tensors",
-        f"{'size':<12}{facts['num_bytes']:,} bytes, {facts['bits_per_eligible_weight']:.3f} bits per eligible weight",
+        f"{'size':<12}{facts['num_bytes']:,} bytes, {facts['bits_per_eligible_weight']:.3f} bits per eligible weight "
+        f"(where the entries are takes {facts['index_bound']:.3f} at least)",
     ]
     if facts["kind"] == "ticket":
         undo = "with base values, so it can be taken out again" if facts["has_base_values"] else "without base values"
-        lines.append(f"{'values':<12}{', '.join(facts['dtypes'])}; {undo}")
+        dtypes = ", ".join(facts["dtypes"])
+        if facts["is_packed"]:
+            dtypes, undo = ", ".join(facts["base_dtypes"]), "packed as differences to the base's, which give both"
+        lines.append(f"{'values':<12}{dtypes}; {undo}")
     if changed is not None:
         lines.append(f"{'changed':<12}{changed:,} values differ from the base's" + _share(changed, active))
     known = "fingerprint of every tensor" if facts["has_fingerprints"] else "no fingerprints: any base is accepted"

@@ -46,7 +46,10 @@ class Scoreboard:
             raise ValueError(f"{self.path} is no results file of an evaluation: choose another output") from error
         differ = [name for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]
         if differ:
-            what = "; ".join(f"{n}: {before.get(n)!r} there, {self.settings.get(n)!r} asked for" for n in differ)
+            what = "; ".join(
+                f"{name:.60}: {before.get(name)!r:.80} there, {self.settings.get(name)!r:.80} asked for"
+                for name in differ[:8]
+            )
             raise ValueError(
                 f"{self.path} holds results with other settings ({what}). Choose another output, or remove it"
             )
