@@ -63,13 +63,13 @@ class Calibration:
             protect=self._protect,
             seed=self._seed,
             group=self._run.groups.reduction.world,
-            base={name: self._run.base[name] for name in self._run.names},
+            base={name: self._run.base_identity[name] for name in self._run.names},
             rows=self._run.rows,
         )
         mask = self.selection.mask
         if self._run.dense:
             mask = mask.with_dense(
-                self._run.dense, mask.base | {name: self._run.base[name] for name in self._run.dense}
+                self._run.dense, mask.base | {name: self._run.base_identity[name] for name in self._run.dense}
             )
         mask = mask.with_base(mask.base, self._run.frozen())
         if not keep:

@@ -36,7 +36,7 @@ class BlockRun:
         self.skipped = SkippedSteps(check_max_skipped_steps(max_skipped_steps))
         self.engine: Any = None
         self.start: dict[str, BaseTensor] = {}  # all parameters, whole, as the run began
-        self.base: dict[str, BaseTensor] = {}  # the same, of the rows that the base has
+        self.base_identity: dict[str, BaseTensor] = {}  # the same, of the rows that the base has
         self._freeze: Freeze | None = None
         self._groups: BlockGroups | None = None
         self._is_claimed = self._was_built = False
@@ -94,7 +94,7 @@ class BlockRun:
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be resumed from: JSON, the same on every rank."""
         return {
-            "base": {name: f"{tensor.dtype} {tensor.fingerprint}" for name, tensor in self.base.items()},
+            "base": {name: f"{tensor.dtype} {tensor.fingerprint}" for name, tensor in self.base_identity.items()},
             "global_batch": self.engine.train_batch_size(),
             "parameter_groups": len(self.engine.optimizer.param_groups),
         }
@@ -185,7 +185,7 @@ class BlockRun:
                 "Copy the base again"
             )
         self.start = self._fingerprints(model)
-        self.base = self.start | (self._fingerprints(model, rows=new) if new else {})
+        self.base_identity = self.start | (self._fingerprints(model, rows=new) if new else {})
 
     def _check_optimizer_holds(self, names: Iterable[str], optimizer: Any, what: str) -> None:
         """ValueError where a tensor that takes part is not one of the optimizer's."""

@@ -126,8 +126,8 @@ class CalibrationRun(BlockRun):
     def built(self, engine: Any) -> None:
         super().built(engine)
         self._identify(engine.module, self._new)
-        self.base |= buffer_fingerprints(weights.buffers(engine.module))
-        self._check(self.shapes, self.rows, {name: self.base[name] for name in self.names})
+        self.base_identity |= buffer_fingerprints(weights.buffers(engine.module))
+        self._check(self.shapes, self.rows, {name: self.base_identity[name] for name in self.names})
         if self.score == "task_vector":
             self._check_optimizer_holds(self._trained, engine.optimizer, "calibration scores")
             pieces = self._pieces(engine.module, self._trained)
@@ -156,7 +156,7 @@ class CalibrationRun(BlockRun):
 
     def frozen(self) -> dict[str, BaseTensor]:
         """Identity of the base's tensors that do not take part."""
-        return frozen_identity(self.base, self._new, {*self.names, *self.dense})
+        return frozen_identity(self.base_identity, self._new, {*self.names, *self.dense})
 
     def scores(self) -> Iterator[tuple[str, int, Tensor]]:
         """This rank's pieces: name, flat start, scores (fp32)."""

@@ -72,7 +72,7 @@ def deliver(
     raise_together(error)
     try:
         for name in outline.names:
-            values, base = _collect(training, outline, name, dtype, device)
+            values, base = collect(training, outline, name, dtype, device)
             if writer is not None and error is None:
                 try:
                     with naming_disk_full(Path(path)):
@@ -99,7 +99,7 @@ def deliver(
     return box[0]
 
 
-def _collect(
+def collect(
     training: SparseTraining, outline: MaskOutline, name: str, dtype: torch.dtype | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """All values and base values of a tensor on rank 0 (empty elsewhere), from the shard group that rank 0 is in."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
 
 from lota import plan
 from lota.choices import MAX_SKIPPED_STEPS, check_rounding_seed
 from lota.kernels import backend_name
 from lota.messages import did_you_mean
 from lota.ranks.agree import together
-from lota.ticket import BaseTensor, Mask
+from lota.ticket import BaseTensor, Mask, Ticket
 from lota.ticket.fingerprint import add
 from lota.ticket.manifest import check_provenance
 from lota.ticket.rows import Rows
@@ -32,10 +34,11 @@ from lota.zero.compact.update import choose_update
 from lota.zero.deepspeed import weights
 from lota.zero.deepspeed.optimizer import SparseOptimizer
 from lota.zero.deepspeed.settings import communication_dtype, gather_limits
+from lota.zero.exchange import base_in_place, ticket_in_place
 from lota.zero.fingerprints import differing, dtype_name, frozen_identity, replicas_agree
 from lota.zero.freeze import Freeze
 from lota.zero.new_tensors import class_name, model_facts, new_tensors, refuse_new
-from lota.zero.save_ticket import base_put_back, deliver
+from lota.zero.save_ticket import base_put_back, collect, deliver
 
 _LOG = logging.getLogger("lota")
 
@@ -72,6 +75,7 @@ class SparseRun(BlockRun):
         self._shard_group_size, self._reduce_every = shard_group_size, reduce_every
         self._gradient_reduction, self._reduction_reason = gradient_reduction, "as asked"
         self._kernels = ""
+        self.is_exchanged = False
 
     @property
     def mask(self) -> Mask | MaskOutline:
@@ -156,7 +160,7 @@ class SparseRun(BlockRun):
         buffers, given = self._stored_buffers(), self._given
         assert given is not None
         buffers.begin()
-        identities = self.base | buffers.base
+        identities = self.base_identity | buffers.base
         for name in given.names:
             base, change = given.base.get(name), given.change(name)
             if base is not None and change is not None and _is_applied(base, change, identities[name]):
@@ -280,6 +284,51 @@ class SparseRun(BlockRun):
             "reductions": training.num_reductions,
         }
 
+    @contextmanager
+    def base(self) -> Iterator[Any]:
+        """The base's values at the active entries for the length of a `with`, in place, on the sharded model: a
+        reference model for two bytes an active entry. Gives the model. Collective; no step may be taken inside."""
+        training = self._training
+        with self._exchanged(), base_in_place(training, self.engine.optimizer):
+            yield self.engine.module
+
+    @contextmanager
+    def applied(self, ticket: Ticket) -> Iterator[Any]:
+        """The base with another ticket of it, likewise. The ticket's fingerprints are held against the base's."""
+        training, reduction = self._training, self.groups.reduction
+        for name in ticket.mask.base.keys() & self.base_identity.keys():
+            found = self.base_identity[name]
+            ticket.mask.check_base(name, ticket.mask.shape(name), found.dtype, found.fingerprint)
+        sizes = reduction.shard_size, reduction.shard_rank
+        with (
+            self._exchanged(),
+            base_in_place(training, self.engine.optimizer),
+            ticket_in_place(self.engine.module, ticket, self.engine.optimizer, *sizes),
+        ):
+            yield self.engine.module
+
+    def values(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The trained values of every tensor of the mask, compact and in the mask's order, as a ticket holds them: on
+        rank 0, in host memory; empty elsewhere. dtype: None gives the weights' own bits. Collective."""
+        training = self._training
+        outline = self.outline.with_base({name: self.base_identity[name] for name in self.outline.names})
+        made = {}
+        for name in outline.names:
+            values, _ = collect(training, outline, name, dtype, self.device)
+            if dist.get_rank() == 0:
+                made[name] = values
+        return made
+
+    @contextmanager
+    def _exchanged(self) -> Iterator[None]:
+        if self.is_exchanged:
+            raise ValueError("run.base() and run.applied() do not go inside one another")
+        self.is_exchanged = True
+        try:
+            yield
+        finally:
+            self.is_exchanged = False
+
     def save_ticket(
         self,
         path: str | Path,
@@ -300,6 +349,8 @@ class SparseRun(BlockRun):
         if dtype not in (None, torch.float32):
             raise ValueError(f"dtype must be None (the weights' own) or torch.float32 (the masters), got {dtype}")
         training = self._training
+        if self.is_exchanged:
+            raise ValueError("save_ticket inside run.base() or run.applied() would store other weights")
         reduction = self.groups.reduction
         now = self._fingerprints(self.engine.module, base_put_back(training))
         moved = differing(now, self.start, reduction.world, self.device)
@@ -315,8 +366,8 @@ class SparseRun(BlockRun):
             )
         buffers = self._stored_buffers()
         buffers.check_unmoved(reduction.world, self.device)
-        base = {name: self.base[name] for name in self.outline.names}
-        frozen = frozen_identity(self.base | buffers.base, self._new, {*base, *buffers.stored})
+        base = {name: self.base_identity[name] for name in self.outline.names}
+        frozen = frozen_identity(self.base_identity | buffers.base, self._new, {*base, *buffers.stored})
         return deliver(
             training,
             self.outline.with_base(base),

@@ -5,7 +5,8 @@ With `engine.py`, `weights.py` and `dense_state.py` the only file with DeepSpeed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -209,7 +210,19 @@ class SparseOptimizer(CompactOptimizer):
 
     core: SparseTraining
 
+    @contextmanager
+    def lota_rewriting(self) -> Iterator[None]:
+        """The partitions may be written in the block; what is kept gathered is gathered again after it. Collective."""
+        self._partition_all_parameters()
+        with torch.no_grad():
+            yield
+        if self.persistent_parameters:
+            self.persistent_parameters[0].partition(self.persistent_parameters)
+            self.persistent_parameters[0].all_gather(self.persistent_parameters)
+
     def lota_step(self) -> tuple[Tensor, Tensor]:
+        if self._lota_run.is_exchanged:
+            raise ValueError("a step inside run.base() or run.applied() would train other weights: leave it first")
         return self.core.step(self.optimizer.param_groups, self.clip_grad, self.loss_scale)
 
     def get_local_fp32_param(self, param: Any, optim_state_key: str | None = None) -> Tensor | None:
