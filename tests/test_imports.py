@@ -42,11 +42,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("choices", "selection", "ticket", "ranks", "kernels", "messages"),
     },
     "run": {
-        *("choices", "blocks", "data", "delivery", "selection", "ticket", "kernels", "ranks", "files", "messages"),
-        *("packaged", "zero", "zero.compact"),
+        *("architecture", "choices", "blocks", "data", "delivery", "selection", "ticket", "kernels", "ranks", "files"),
+        *("messages", "packaged", "zero", "zero.compact"),
     },
     "train": {
-        *("run", "blocks", "choices", "data", "delivery", "plan", "selection", "ticket", "ranks", "files"),
+        *("run", "algebra", "blocks", "choices", "data", "delivery", "plan", "selection", "ticket", "ranks", "files"),
         *("zero.compact", "zero.deepspeed"),
     },
     "evaluate": {"run", "architecture", "data", "delivery", "ticket", "ranks", "files", "messages"},

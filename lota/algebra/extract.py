@@ -88,7 +88,7 @@ def extract(
         mask = Mask.from_indices(changed)
     else:
         taken = {name: shapes[name] for name in eligible(shapes, include, exclude)}
-        mask = select(lambda: _scores(pair, taken, score), taken, density=density).mask
+        mask = select(lambda: _scores(pair, taken, score), taken, density=density, alone=True).mask
     frozen = {name: known for name, known in identities.items() if name not in mask.names}
     mask = mask.with_base({name: identities[name] for name in mask.names}, frozen)
     kept, held = 0.0, 0

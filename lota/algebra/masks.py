@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lota.algebra.models import ModelTensors, identity
 from lota.delivery.model_folder import read_tensors
-from lota.selection import eligible
+from lota.selection import eligible, select
 from lota.ticket import BaseTensor, Mask
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -53,6 +53,34 @@ def nonzero(model: ModelTensors, include: Sequence[str] | None = None, exclude: 
     return Mask.from_indices(indices()).with_base(
         {name: known[name] for name in names}, {name: base for name, base in known.items() if name not in names}
     )
+
+
+def changed(
+    base: ModelTensors,
+    tuned: ModelTensors,
+    density: float,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Mask:
+    """The entries that a fine-tune moved most, by |difference|: exactly round(density * eligible). To protect what a
+    model was aligned with, where nobody published a ticket. The mask knows no base: it goes with `tuned` and what
+    follows."""
+    shapes = {}
+    for name in base.names:
+        if name not in tuned:
+            raise ValueError(f"{tuned.where} has no {name}, which {base.where} has: they are two models")
+        one, other = base.read(name), tuned.read(name)
+        if one.shape != other.shape:
+            raise ValueError(f"{name} has other shapes in {base.where} and {tuned.where}: they are two models")
+        if one.is_floating_point() and one.element_size() > 1:
+            shapes[name] = tuple(one.shape)
+    taken = {name: shapes[name] for name in eligible(shapes, include, exclude)}
+
+    def scores() -> Iterator[tuple[str, int, Tensor]]:
+        for name in taken:
+            yield name, 0, (tuned.read(name).float() - base.read(name).float()).abs_().reshape(-1)
+
+    return select(scores, taken, density=density, alone=True).mask
 
 
 def from_file(path: str | os.PathLike[str], true_means: str | None = None) -> Mask:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,12 @@ Write a ticket for tools that know nothing of tickets; OUT appears whole or not 
 The base is verified tensor by tensor against the ticket's fingerprints; another model or revision is refused.""",
         examples="""
 lota export runs/gsm8k/ticket --base meta-llama/Llama-3.1-8B --format peft --out llama-gsm8k-adapter
+lota export math sql --base models/llama --format peft --out both-adapter
 lota export runs/gsm8k/ticket --base models/llama --format hf --out llama-gsm8k""",
     )
-    parser.add_argument("ticket", type=Path, metavar="TICKET", help="ticket directory")
+    parser.add_argument(
+        "tickets", type=Path, nargs="+", metavar="TICKET", help="ticket directories; they share no entry"
+    )
     add_base_options(parser)
     parser.add_argument("--format", required=True, choices=("hf", "peft"), help="what to write")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist, or be empty")
@@ -38,21 +42,42 @@ lota export runs/gsm8k/ticket --base models/llama --format hf --out llama-gsm8k"
 def run(args: argparse.Namespace) -> None:
     import torch
 
+    from lota.algebra import merge
     from lota.delivery.apply import apply_to_checkpoint
+    from lota.delivery.live import check_disjoint
     from lota.delivery.model_folder import locate
-    from lota.delivery.peft import export_peft
     from lota.ticket import Ticket
 
-    ticket = Ticket.load(args.ticket)
+    tickets = [Ticket.load(path) for path in args.tickets]
     base = locate(args.base, args.revision)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if args.format == "hf":
         verified = apply_to_checkpoint(
-            base, [ticket], args.out, dtype=dtype, trust_remote_code=args.trust_remote_code, say=say
+            base, tickets, args.out, dtype=dtype, trust_remote_code=args.trust_remote_code, say=say
         )
-        print(f"{args.out}: the base with {ticket.num_active:,} entries assigned; {verified}")
+        print(
+            f"{args.out}: the base with {sum(ticket.num_active for ticket in tickets):,} entries assigned; {verified}"
+        )
         return
-    made = export_peft(
+    check_disjoint(tickets)
+    with tempfile.TemporaryDirectory() as folder:
+        ticket = tickets[0]
+        if len(tickets) > 1:  # one adapter for all of them: their sum, which is exact where they share no entry
+            merge(tickets, Path(folder) / "merged")
+            ticket = Ticket.load(Path(folder) / "merged")
+        made = _export(args, ticket, base, dtype)
+    print(
+        f"{args.out}: {made.num_sparse_modules} modules sparse with {made.num_entries:,} entries (r {made.rank}), "
+        f"{made.num_whole_modules} whole, {made.num_bytes / 2**20:.2f} MiB"
+    )
+    if made.num_ordered:
+        print(f"{made.num_ordered:,} entries are exact on CPUs only: README.md there explains")
+
+
+def _export(args: argparse.Namespace, ticket: Any, base: Path, dtype: Any) -> Any:
+    from lota.delivery.peft import export_peft
+
+    return export_peft(
         ticket,
         base,
         args.out,
@@ -61,9 +86,3 @@ def run(args: argparse.Namespace) -> None:
         trust_remote_code=args.trust_remote_code,
         say=say,
     )
-    print(
-        f"{args.out}: {made.num_sparse_modules} modules sparse with {made.num_entries:,} entries (r {made.rank}), "
-        f"{made.num_whole_modules} whole, {made.num_bytes / 2**20:.2f} MiB"
-    )
-    if made.num_ordered:
-        print(f"{made.num_ordered:,} entries are exact on CPUs only: README.md there explains")

@@ -22,6 +22,7 @@ Write the mask OUT, to train on (mask: OUT) or to protect (protect: [OUT]):
   --union A B ...         entries that are active in any
   --intersection A B ...  entries that are active in all
   --minus A B ...         entries of A that are active in none of the others
+  --changed BASE TUNED    the --density of the entries that TUNED moved most: protects an aligned model without a ticket
   --nonzero MODEL         entries of a pruned model that are not zero
   --from FILE             boolean masks by tensor name: .safetensors (True is trained), or .pt as the public LoTA code
                           writes it (True is frozen), loaded without running code; --true says it otherwise
@@ -29,16 +30,23 @@ Write the mask OUT, to train on (mask: OUT) or to protect (protect: [OUT]):
 A and B are masks or tickets.""",
         examples="""
 lota mask --union runs/math/ticket runs/sql/ticket --out taken
+lota mask --changed models/llama models/llama-chat --density 0.05 --out aligned
 lota mask --nonzero models/llama-pruned --out alive
 lota mask --from masks.pt --out theirs""",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     for name in ("union", "intersection", "minus"):
         source.add_argument(f"--{name}", type=Path, nargs="+", metavar="M", help=f"{name} of masks or tickets")
+    source.add_argument(
+        "--changed", nargs=2, metavar=("BASE", "TUNED"), help="two models: folders, or names on the hub"
+    )
     source.add_argument("--nonzero", metavar="MODEL", help="a pruned model: a folder, or a name on the hub")
     source.add_argument("--from", dest="file", type=Path, metavar="FILE", help="boolean masks, .safetensors or .pt")
     parser.add_argument("--true", choices=("active", "frozen"), help="what True means in FILE")
-    parser.add_argument("--include", action="append", help="pattern of tensor names, with --nonzero; repeatable")
+    parser.add_argument("--density", type=float, help="of the eligible entries, with --changed")
+    parser.add_argument(
+        "--include", action="append", help="pattern of tensor names, with --nonzero, --changed; repeatable"
+    )
     parser.add_argument("--exclude", action="append", help="pattern of tensor names to leave out; repeatable")
     parser.add_argument("--out", type=Path, required=True, help="directory of the mask; must not exist, or be empty")
     add_trust_option(parser)
@@ -51,13 +59,18 @@ def run(args: argparse.Namespace) -> None:
 
     if args.true and args.file is None:
         raise ValueError("--true is for --from")
-    if (args.include or args.exclude) and args.nonzero is None:
-        raise ValueError("--include and --exclude are for --nonzero")
+    if (args.include or args.exclude) and args.nonzero is None and args.changed is None:
+        raise ValueError("--include and --exclude are for --nonzero and --changed")
+    if (args.density is None) != (args.changed is None):
+        raise ValueError("--changed takes a --density, and nothing else does")
     if args.file is not None:
         made = masks.from_file(args.file, args.true)
     elif args.nonzero is not None:
         model = ModelTensors(locate(args.nonzero), trust_remote_code=args.trust_remote_code)
         made = masks.nonzero(model, args.include, args.exclude)
+    elif args.changed is not None:
+        base, tuned = (ModelTensors(locate(model), trust_remote_code=args.trust_remote_code) for model in args.changed)
+        made = masks.changed(base, tuned, args.density, args.include, args.exclude)
     else:
         kind = next(name for name in ("union", "intersection", "minus") if getattr(args, name))
         made = getattr(masks, kind)([Mask.load(path) for path in getattr(args, kind)])

@@ -17,7 +17,7 @@ def _check_entry(entry: Any) -> None:
     is_sound = isinstance(entry["digests"], list) and isinstance(entry["seconds"], dict)
     if not is_sound or not all(isinstance(part, dict) for part in figures):
         raise TypeError("an entry of a model is none")
-    for value in (entry["rows"] or {}).values():
+    for value in (value for part in figures for value in part.values()):
         if not isinstance(value, (int, float)):
             raise TypeError(f"{value!r:.80} is no figure")
 

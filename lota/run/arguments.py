@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from lota import choices
 from lota.data.options import SourceArguments
@@ -32,6 +33,12 @@ class LotaArguments(SourceArguments):
     )
     mask: str | None = field(default=None, metadata={"help": "A mask or ticket to train on; skips calibration."})
     protect: list[str] | None = field(default=None, metadata={"help": "Tickets whose entries must not be chosen."})
+    protect_from: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "base, tuned, density: protects the share of entries that tuned (the model to train) moved most."
+        },
+    )
     include: list[str] | None = field(
         default=None,
         metadata={"help": "Patterns of tensors, or rows name[a:b], instead of (`default`) all matrices of the blocks."},

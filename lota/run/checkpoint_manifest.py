@@ -57,7 +57,7 @@ def read(folder: Path) -> tuple[Batch, Files]:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise ValueError(f"checkpoint {folder} is damaged: {NAME} does not say format {FORMAT!r}")
     if body.get("version") != VERSION:
-        raise ValueError(f"checkpoint {folder}: expected version {VERSION} of {NAME}, got {body.get('version')!r}")
+        raise ValueError(f"checkpoint {folder}: expected version {VERSION} of {NAME}, got {body.get('version')!r:.80}")
     if body.pop("sha256", None) != _digest(body):
         raise ValueError(f"checkpoint {folder} is damaged: {NAME} does not match its own sha256")
     with naming_odd(f"checkpoint {folder} is damaged: {NAME}"):
@@ -76,14 +76,14 @@ def verify(folder: Path) -> Batch:
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"checkpoint {folder} is damaged: {name} is not there")
+            raise ValueError(f"checkpoint {folder} is damaged: {name:.200} is not there")
         if path.stat().st_size != expected["bytes"]:
             raise ValueError(
-                f"checkpoint {folder} is damaged: {name} has {path.stat().st_size} bytes, {expected['bytes']} were "
-                "written"
+                f"checkpoint {folder} is damaged: {name:.200} has {path.stat().st_size} bytes, "
+                f"{expected['bytes']} were written"
             )
         if "sha256" in expected and _facts(path) != expected:
-            raise ValueError(f"checkpoint {folder} is damaged: {name} does not have the sha256 that was written")
+            raise ValueError(f"checkpoint {folder} is damaged: {name:.200} does not have the sha256 that was written")
     return batch
 
 

@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import yaml
+
 from lota import choices
+from lota.architecture import check_is_name
 from lota.kernels import using
 from lota.ranks.world import world_size
 from lota.run import ds_config
@@ -30,6 +33,7 @@ class Calibration:
     steps: int
     learning_rate: float | None
     protect: tuple[str, ...]
+    protect_from: tuple[str, str, float] | None
     include: list[str] | None
     exclude: list[str] | None
 
@@ -213,7 +217,8 @@ def _check_values(config: Config) -> None:
 
 
 _CALIBRATION = (
-    "density", "budget", "score", "calibration_steps", "calibration_learning_rate", "protect", "include", "exclude",
+    "density", "budget", "score", "calibration_steps", "calibration_learning_rate", "protect", "protect_from",
+    "include", "exclude",
 )  # fmt: skip
 
 _SPARSE = ("shard_group_size", "gradient_reduction", "kernels", "rounding_seed", "ticket_dtype")
@@ -263,9 +268,23 @@ def _calibration(args: LotaArguments, config: Config, unused: _Unused) -> Calibr
         args.calibration_steps,
         args.calibration_learning_rate,
         tuple(args.protect or ()),
+        _protect_from(args.protect_from),
         args.include,
         args.exclude,
     )
+
+
+def _protect_from(given: Any) -> tuple[str, str, float] | None:
+    """The two models, and the part of the entries that the second moved most."""
+    if given is None:
+        return None
+    if isinstance(given, str):
+        given = yaml.safe_load(given)
+    if not isinstance(given, dict) or given.keys() != {"base", "tuned", "density"}:
+        raise ValueError(f"protect_from must hold base, tuned and density, got {given!r:.120}")
+    for name in ("base", "tuned"):
+        check_is_name(str(given[name]))
+    return str(given["base"]), str(given["tuned"]), choices.check_density(given["density"])
 
 
 _WITH_ROUNDING = ("adam", "adamw", "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "rmsprop")

@@ -10,14 +10,14 @@ _MESSAGE_BYTES = 2048
 
 
 class Ranks:
-    """One process group, or one process alone (group None and torch.distributed not initialised).
+    """One process group, or one process alone (asked for, or torch.distributed not initialised).
 
     Every method is collective: all ranks of the group call it in the same order. Tensors travel on the device that
     the group's backend wants and come back on the CPU, where selection makes its decisions.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.is_distributed = dist.is_available() and dist.is_initialized()
+    def __init__(self, group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
+        self.is_distributed = dist.is_available() and dist.is_initialized() and not alone
         if group is not None and not self.is_distributed:
             raise ValueError("expected an initialised torch.distributed for `group`, got none. Pass group=None.")
         self.group = group

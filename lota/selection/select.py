@@ -64,12 +64,14 @@ def select(
     protect: Sequence[Mask] = (),
     seed: int = 0,
     group: dist.ProcessGroup | None = None,
+    alone: bool = False,
     base: Mapping[str, BaseTensor] | None = None,
     rows: Mapping[str, Rows] | None = None,
 ) -> Selection:
     """The entries with the largest |score|: exactly round(density * eligible) of them, whatever the number of ranks.
 
-    Collective over `group` (None: all ranks, or one process when torch.distributed is not initialised).
+    Collective over `group` (None: all ranks, or one process when torch.distributed is not initialised); alone: this
+    process has every tensor whole and asks nobody.
 
     pieces: gives this rank's share as (name, offset, scores): a contiguous run of tensor `name` from flat position
     `offset`, 1-D, any float dtype, all on one device. Any cut over the ranks is allowed, empty pieces and absent
@@ -95,7 +97,7 @@ def select(
     with Workers() as workers:
         reader = PieceReader(pieces, full, protection, workers)
         asked = sum(budgets.values())
-        ranks = Ranks(group)
+        ranks = Ranks(group, alone)
         told = _fingerprint(full, density, budget, seed, protect, rows or {}, ranks)
         ranks.same(told, "shapes, density, budget, protect and seed")
         chooser = _Chooser(reader, full, ranks, workers, seed)

@@ -204,7 +204,7 @@ def _located(entries: dict[str, Any], path: Path, data_begin: int, file_bytes: i
     for key, entry in entries.items():
         begin, end, num_elements, code = _parse_entry(key, entry)
         if end - begin != num_elements * _ITEM_BYTES[code]:
-            raise ValueError(f"{key}: expected {num_elements} elements of {code} in {end - begin} bytes")
+            raise ValueError(f"{key:.200}: expected {num_elements} elements of {code} in {end - begin} bytes")
         located[key] = StoredTensor(path, code, data_begin + begin, end - begin)
     for stored in sorted(located.values(), key=lambda stored: (stored.begin, stored.num_bytes)):
         if stored.begin != data_begin + ends[-1]:
@@ -217,11 +217,11 @@ def _located(entries: dict[str, Any], path: Path, data_begin: int, file_bytes: i
 
 def _parse_entry(key: str, entry: Any) -> tuple[int, int, int, str]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{key}: expected dtype, shape and data_offsets")
+        raise ValueError(f"{key:.200}: expected dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in _ITEM_BYTES:
-        raise ValueError(f"{key}: expected dtype {', '.join(_ITEM_BYTES)}, got {code!r}")
+        raise ValueError(f"{key:.200}: expected dtype {', '.join(_ITEM_BYTES)}, got {code!r:.80}")
     for numbers, length in ((shape, 1), (offsets, 2)):
         if not isinstance(numbers, list) or len(numbers) != length or any(type(n) is not int or n < 0 for n in numbers):
-            raise ValueError(f"{key}: expected {length} non-negative integers, got {numbers!r:.80}")
+            raise ValueError(f"{key:.200}: expected {length} non-negative integers, got {numbers!r:.80}")
     return offsets[0], offsets[1], shape[0], code

@@ -49,17 +49,17 @@ def decode(data: Tensor, sizes: Sequence[int], known: Tensor, *, is_base: bool) 
     item = known.element_size()
     if len(sizes) != item or item not in _INTEGERS or sum(sizes) != data.numel():
         raise ValueError(f"expected a stream of {item} planes and {sum(sizes)} bytes, got {len(sizes)}, {data.numel()}")
-    raw, planes, begin = data.numpy().tobytes(), torch.empty(item, known.numel(), dtype=torch.uint8), 0
-    for plane, size in zip(planes, sizes, strict=True):
-        plane.copy_(_inflate(raw[begin : begin + size], known.numel()))
+    raw, begin = data.numpy().tobytes(), 0
+    zigzag = torch.zeros(known.numel(), dtype=_INTEGERS[item])
+    for number, size in enumerate(sizes):
+        plane = _inflate(raw[begin : begin + size], known.numel()).to(zigzag.dtype)
+        zigzag.bitwise_or_(plane.bitwise_left_shift_(8 * number))
         begin += size
-    zigzag = planes.t().contiguous().view(-1).view(_INTEGERS[item])
-    width = 8 * item
+    odd = (zigzag & 1).neg_()
     # A logical shift of the bits, whatever the sign.
-    half = (zigzag >> 1) & ((1 << (width - 1)) - 1)
-    difference = half ^ -(zigzag & 1)
+    difference = zigzag.bitwise_right_shift_(1).bitwise_and_((1 << (8 * item - 1)) - 1).bitwise_xor_(odd)
     place = _ordered(known.cpu())
-    made = place + difference if is_base else place - difference
+    made = place.add_(difference) if is_base else place.sub_(difference)
     return _unordered(made).view(known.dtype)
 
 
@@ -70,8 +70,9 @@ def _ordered(values: Tensor) -> Tensor:
 
 
 def _unordered(bits: Tensor) -> Tensor:
-    largest = torch.iinfo(bits.dtype).max
-    return torch.where(bits < 0, -(bits & largest) - 1, bits)
+    # Of a negative number all bits but the sign are turned over: -(u & MAX) - 1.
+    sign = bits >> (8 * bits.element_size() - 1)
+    return sign.bitwise_and_(torch.iinfo(bits.dtype).max).bitwise_xor_(bits)
 
 
 def _deflate(plane: Tensor) -> bytes:

@@ -183,7 +183,7 @@ def parse_manifest(text: bytes) -> Manifest:
     written = (head.take("format", str), head.take("version", int))
     if written[0] != FORMAT or written[1] not in VERSIONS:
         raise ValueError(
-            f"expected format {FORMAT} version 1 or {VERSIONS[-1]}, got {written[0]} version {written[1]}. "
+            f"expected format {FORMAT} version 1 or {VERSIONS[-1]}, got {written[0]!s:.80} version {written[1]!s:.80}. "
             "Update lota to read newer tickets."
         )
     has_values, has_base_values = head.take("has_values", bool), head.take("has_base_values", bool)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from lota.algebra import ModelTensors, masks
 from lota.blocks import calibration_zero3
 from lota.choices import STATIC_SCORES
 from lota.data.dataset import Sets
-from lota.ranks.world import print_once
+from lota.delivery.model_folder import locate
+from lota.ranks.agree import together
+from lota.ranks.world import print_once, rank
 from lota.run.folder import RunFolder
 from lota.run.options import Config
 from lota.run.resolve import RunOptions
@@ -47,7 +50,7 @@ def calibrate(
             score=chosen.score,
             density=chosen.density,
             budget=chosen.budget,
-            protect=chosen.protect,
+            protect=[*chosen.protect, *_protected(options, folder)],
             include=chosen.include,
             exclude=chosen.exclude,
             dense=options.dense,
@@ -81,6 +84,23 @@ def calibrate(
     provenance = {"model": options.model, "score": chosen.score, "steps": chosen.steps}
     folder.save_mask(mask, facts, provenance)
     return mask, facts, data
+
+
+def _protected(options: RunOptions, folder: RunFolder) -> list[str]:
+    """The mask of `protect_from`, kept in the run's folder: rank 0 compares the models, the others wait. Collective."""
+    chosen = options.calibration
+    if chosen is None or chosen.protect_from is None:
+        return []
+    path = folder.path / "protected"
+    with together():
+        if rank() == 0 and not path.is_dir():
+            base, tuned, density = chosen.protect_from
+            trust = options.trust_remote_code
+            models = [ModelTensors(locate(model), trust_remote_code=trust) for model in (base, tuned)]
+            mask = masks.changed(models[0], models[1], density, chosen.include, chosen.exclude)
+            mask.save(path, {"protects": tuned, "against": base, "density": density})
+            print_once(f"protected: the {mask.num_active} entries that {tuned} moved most from {base}")
+    return [str(path)]
 
 
 def mask_facts(options: RunOptions, mask: Mask) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lota.delivery.apply import apply_to_checkpoint, revert_checkpoint
 from lota.delivery.rewrite import same_bits
 from lota.ticket import Mask, Ticket
 from tests import architectures
-from tests.delivery.architecture_table import load, make_ticket
+from tests.delivery.architecture_table import load, logits, make_ticket
 from tests.delivery.test_apply import load_checkpoint
 from tests.delivery.test_folders import save_base, tensors_of
 
@@ -364,3 +364,53 @@ def test_masks_of_masks_models_and_files(tmp_path: Path) -> None:
         masks.from_file(tmp_path / "code.pt")
     with pytest.raises(ValueError, match="expected boolean masks, got lm_head"):
         masks.from_file(tmp_path / "base" / "model.safetensors")
+
+
+def test_an_aligned_model_protects_what_it_was_aligned_with(ranks: Any, tmp_path: Path) -> None:
+    """`protect_from` in a run, on two ranks, and `lota mask --changed`: the entries that moved most stay."""
+    from tests.train import jobs
+    from tests.train.test_merged import save_base as with_tokenizer
+
+    base, tuned = with_tokenizer("tied", tmp_path / "base"), tmp_path / "tuned"
+    tune(base, tuned, share=0.3, rate=0.05)
+    words = ["mask", "--changed", str(base), str(tuned), "--density", "0.1", "--out", str(tmp_path / "aligned")]
+    assert cli(words) == 0
+    aligned = Mask.load(tmp_path / "aligned")
+    assert aligned.num_active == round(0.1 * aligned.eligible)
+    rows = [{"prompt": f"Q: {number}", "completion": f" {number}"} for number in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    argv = ["--model_name_or_path", str(tuned), "--train_file", str(tmp_path / "rows.jsonl")]
+    argv += [
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--score",
+        "gradient",
+        "--calibration_steps",
+        "1",
+        "--max_steps",
+        "1",
+    ]
+    argv += ["--density", "0.5", "--per_device_train_batch_size", "2", "--bf16", "true", "--max_length", "32"]
+    argv += ["--learning_rate", "1e-2", "--report_to", "none", "--merged", "true"]
+    argv += ["--protect_from", json.dumps({"base": str(base), "tuned": str(tuned), "density": 0.1})]
+    ranks(2).run(jobs.run_recipe, "train_lota", argv)
+    ticket = Ticket.load(tmp_path / "run" / "ticket")
+    assert Mask.load(tmp_path / "run" / "protected") == aligned and ticket.num_changed
+    assert ticket.mask.overlap(aligned) == 0
+    models = (ModelTensors(tuned), ModelTensors(tmp_path / "run" / "merged"))
+    assert verify([ticket], base=models[0], tuned=models[1], protected=[aligned]).is_proved
+
+
+def test_several_tickets_in_one_adapter(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = save_base(tmp_path / "base")
+    ticket_of(model, 1, part="q_proj").save(tmp_path / "a")
+    ticket_of(model, 2, part="down_proj").save(tmp_path / "b")
+    words = ["export", str(tmp_path / "a"), str(tmp_path / "b"), "--base", str(tmp_path / "base")]
+    for form in ("peft", "hf"):
+        assert cli([*words, "--format", form, "--out", str(tmp_path / form)]) == 0
+    adapted = PeftModel.from_pretrained(load(tmp_path / "base"), str(tmp_path / "peft"))
+    assert torch.equal(logits(adapted), logits(load(tmp_path / "hf")))
+    assert not torch.equal(logits(adapted), logits(load(tmp_path / "base")))
+    assert cli([*words[:2], *words[1:], "--format", "peft", "--out", str(tmp_path / "c")]) == 2  # one of them twice

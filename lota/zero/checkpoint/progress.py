@@ -105,7 +105,7 @@ def check_same(found: Mapping[str, Any], expected: Mapping[str, Any], folder: Pa
     cure = "Resume with what it was made with, or start a new run."
     if found["kind"] != expected["kind"]:
         raise ValueError(
-            f"{folder} is a checkpoint of {found['kind']}, this is {expected['kind']}: choose a checkpoint of "
+            f"{folder} is a checkpoint of {found['kind']:.80}, this is {expected['kind']}: choose a checkpoint of "
             f"{expected['kind']}"
         )
     base, here = found["base"], expected["base"]

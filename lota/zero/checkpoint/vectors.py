@@ -102,7 +102,7 @@ class Stored:
             raise self._damaged(f"{MANIFEST_NAME} does not say format {FORMAT!r}")
         if facts.get("version") != VERSION:
             raise ValueError(
-                f"{path}: expected version {VERSION} of the format, got {facts.get('version')!r}: resume with the "
+                f"{path}: expected version {VERSION} of the format, got {facts.get('version')!r:.80}: resume with the "
                 "version of lota that wrote it"
             )
         if facts.pop("sha256", None) != _digest(facts):
@@ -147,7 +147,7 @@ class Stored:
             raise self._damaged(str(error)) from None
 
     def _damaged(self, what: str) -> ValueError:
-        return ValueError(f"checkpoint {self.path} is damaged: {what}. Resume from an earlier one.")
+        return ValueError(f"checkpoint {self.path} is damaged: {what:.1000}. Resume from an earlier one.")
 
 
 def _check_facts(facts: Mapping[str, Any]) -> None:
