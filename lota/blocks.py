@@ -24,6 +24,7 @@ from lota.selection import (
     dense_tensors,
     left_out,
     left_out_lines,
+    save_ranking,
     select,
 )
 from lota.selection.kinds import IN_BLOCKS
@@ -43,6 +44,7 @@ class Calibration:
     def __init__(self, run: CalibrationRun, density: float, budget: str, protect: Sequence[Mask], seed: int) -> None:
         self._run, self._density, self._budget, self._protect, self._seed = run, density, budget, protect, seed
         self.selection: Selection | None = None
+        self._asked = density, budget
         self._report: dict[str, Any] | None = None
 
     def mask(self, density: float | None = None, budget: str | None = None, *, keep: bool = False) -> Mask:
@@ -54,6 +56,7 @@ class Calibration:
         budget = self._budget if budget is None else budget
         choices.check_density(density)
         choices.check_budget(budget)
+        self._asked = density, budget
         self._report = self._run.report()
         self.selection = select(
             self._run.scores,
@@ -75,6 +78,25 @@ class Calibration:
         if not keep:
             self._run.release()
         return mask
+
+    def save_ranking(self, path: str | Path) -> None:
+        """After `mask(keep=True)`: write that mask and the scores of its entries, out of which `lota mask --ranking`
+        cuts the mask of every lower density. 4 bytes an active entry. Collective; the scores are released."""
+        if self.selection is None:
+            raise ValueError("save_ranking keeps the ranking of a mask: call mask(keep=True) first")
+        if self._run.dense:
+            raise ValueError("a ranking holds chosen entries only: leave `dense` out")
+        density, budget = self._asked
+        save_ranking(
+            path,
+            self.selection.mask.with_base(self.selection.mask.base, self._run.frozen()),
+            self._run.scores,
+            density=density,
+            budget=budget,
+            seed=self._seed,
+            group=self._run.groups.reduction.world,
+        )
+        self._run.release()
 
     def report(self) -> dict[str, Any]:
         """Bytes this rank held, by kind; eligible entries; what was left out; steps; after `mask()` also what was

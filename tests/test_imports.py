@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ticket": {"files", "messages", "kernels"},
     "data": {"architecture", "messages", "packaged", "ranks"},
     "plan": {"architecture", "choices", "ticket", "kernels"},
-    "selection": {"choices", "ticket", "kernels"},
+    "selection": {"choices", "files", "ranks", "ticket", "kernels"},
     "optim": {"messages", "ticket", "kernels"},
     "delivery": {"architecture", "checkpoint_keys", "files", "messages", "tensor_names", "ticket"},
     "algebra": {"architecture", "checkpoint_keys", "delivery", "selection", "tensor_names", "ticket"},

@@ -23,6 +23,8 @@ Write the mask OUT, to train on (mask: OUT) or to protect (protect: [OUT]):
   --intersection A B ...  entries that are active in all
   --minus A B ...         entries of A that are active in none of the others
   --changed BASE TUNED    the --density of the entries that TUNED moved most: protects an aligned model without a ticket
+  --ranking DIR           the --density of the eligible entries that scored highest, of a ranking that calibration kept
+                          (keep_ranking: true): as a calibration with this density would have chosen
   --nonzero MODEL         entries of a pruned model that are not zero
   --from FILE             boolean masks by tensor name: .safetensors (True is trained), or .pt as the public LoTA code
                           writes it (True is frozen), loaded without running code; --true says it otherwise
@@ -31,6 +33,7 @@ A and B are masks or tickets.""",
         examples="""
 lota mask --union runs/math/ticket runs/sql/ticket --out taken
 lota mask --changed models/llama models/llama-chat --density 0.05 --out aligned
+lota mask --ranking runs/math/ranking --density 0.001 --out sparser
 lota mask --nonzero models/llama-pruned --out alive
 lota mask --from masks.pt --out theirs""",
     )
@@ -40,10 +43,11 @@ lota mask --from masks.pt --out theirs""",
     source.add_argument(
         "--changed", nargs=2, metavar=("BASE", "TUNED"), help="two models: folders, or names on the hub"
     )
+    source.add_argument("--ranking", type=Path, metavar="DIR", help="a run's ranking folder")
     source.add_argument("--nonzero", metavar="MODEL", help="a pruned model: a folder, or a name on the hub")
     source.add_argument("--from", dest="file", type=Path, metavar="FILE", help="boolean masks, .safetensors or .pt")
     parser.add_argument("--true", choices=("active", "frozen"), help="what True means in FILE")
-    parser.add_argument("--density", type=float, help="of the eligible entries, with --changed")
+    parser.add_argument("--density", type=float, help="of the eligible entries, with --changed, --ranking")
     parser.add_argument(
         "--include", action="append", help="pattern of tensor names, with --nonzero, --changed; repeatable"
     )
@@ -54,17 +58,21 @@ lota mask --from masks.pt --out theirs""",
 
 def run(args: argparse.Namespace) -> None:
     from lota.algebra import ModelTensors, masks
+    from lota.choices import check_density
     from lota.delivery.model_folder import locate
+    from lota.selection import cut
     from lota.ticket import Mask
 
     if args.true and args.file is None:
         raise ValueError("--true is for --from")
     if (args.include or args.exclude) and args.nonzero is None and args.changed is None:
         raise ValueError("--include and --exclude are for --nonzero and --changed")
-    if (args.density is None) != (args.changed is None):
-        raise ValueError("--changed takes a --density, and nothing else does")
+    if (args.density is None) != (args.changed is None and args.ranking is None):
+        raise ValueError("--changed and --ranking take a --density, and nothing else does")
     if args.file is not None:
         made = masks.from_file(args.file, args.true)
+    elif args.ranking is not None:
+        made = cut(args.ranking, check_density(args.density))
     elif args.nonzero is not None:
         model = ModelTensors(locate(args.nonzero), trust_remote_code=args.trust_remote_code)
         made = masks.nonzero(model, args.include, args.exclude)

@@ -39,6 +39,10 @@ class LotaArguments(SourceArguments):
             "help": "base, tuned, density: protects the share of entries that tuned (the model to train) moved most."
         },
     )
+    keep_ranking: bool = field(
+        default=False,
+        metadata={"help": "Writes ranking/, out of which lota mask --ranking cuts masks of lower densities."},
+    )
     include: list[str] | None = field(
         default=None,
         metadata={"help": "Patterns of tensors, or rows name[a:b], instead of (`default`) all matrices of the blocks."},

@@ -31,7 +31,7 @@ from lota.ticket import Mask
 
 LEFT_BY_A_RUN = (
     *("config.yaml", "examples.txt", "metrics.jsonl", "summary.json", "report.png", "calibration.json"),
-    *("calibration", "protected", "mask", "ticket", "adapter", "merged"),
+    *("calibration", "protected", "ranking", "mask", "ticket", "adapter", "merged"),
 )
 
 

@@ -34,6 +34,7 @@ class Calibration:
     learning_rate: float | None
     protect: tuple[str, ...]
     protect_from: tuple[str, str, float] | None
+    keep_ranking: bool
     include: list[str] | None
     exclude: list[str] | None
 
@@ -218,7 +219,7 @@ def _check_values(config: Config) -> None:
 
 _CALIBRATION = (
     "density", "budget", "score", "calibration_steps", "calibration_learning_rate", "protect", "protect_from",
-    "include", "exclude",
+    "keep_ranking", "include", "exclude",
 )  # fmt: skip
 
 _SPARSE = ("shard_group_size", "gradient_reduction", "kernels", "rounding_seed", "ticket_dtype")
@@ -261,6 +262,8 @@ def _calibration(args: LotaArguments, config: Config, unused: _Unused) -> Calibr
         args.calibration_learning_rate = config.learning_rate / choices.CALIBRATION_RATE_DIVISOR
     if args.calibration_learning_rate is not None and not args.calibration_learning_rate > 0:
         raise ValueError(f"calibration_learning_rate must be above 0, got {args.calibration_learning_rate}")
+    if args.keep_ranking and args.dense:
+        raise ValueError("keep_ranking and dense: a ranking holds chosen entries only. Leave one of them out")
     return Calibration(
         args.density,
         args.budget,
@@ -269,6 +272,7 @@ def _calibration(args: LotaArguments, config: Config, unused: _Unused) -> Calibr
         args.calibration_learning_rate,
         tuple(args.protect or ()),
         _protect_from(args.protect_from),
+        args.keep_ranking,
         args.include,
         args.exclude,
     )

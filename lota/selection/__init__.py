@@ -3,6 +3,7 @@
 from lota.selection.candidates import Candidates, candidates, check_unprotected, dense_tensors
 from lota.selection.eligible import eligible
 from lota.selection.left_out import LeftOut, left_out, left_out_lines
+from lota.selection.ranking import cut, save_ranking
 from lota.selection.select import Selection, check, select
 
 __all__ = [
@@ -12,9 +13,11 @@ __all__ = [
     "candidates",
     "check",
     "check_unprotected",
+    "cut",
     "dense_tensors",
     "eligible",
     "left_out",
     "left_out_lines",
+    "save_ranking",
     "select",
 ]

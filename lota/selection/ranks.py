@@ -28,7 +28,7 @@ class Ranks:
         self.device = _device_of(group) if self.size > 1 else torch.device("cpu")
 
     def sum(self, counts: Tensor) -> Tensor:
-        """int64 counts summed over the ranks, on the CPU."""
+        """Counts summed over the ranks, on the CPU; or scores of which one rank has each, and the others 0."""
         if self.size == 1:
             return counts.cpu()
         summed = counts.to(self.device, copy=True)

@@ -61,7 +61,9 @@ def calibrate(
         phase = Phase("calibrate", options, config, Sets(data.train, evaluation), folder, **changes)
         facts = phase.run()
     with timed(seconds, "selection"):
-        mask = run.mask()
+        mask = run.mask(keep=chosen.keep_ranking)
+        if chosen.keep_ranking:
+            run.save_ranking(folder.path / "ranking")
     report = run.report()
     # Packed rows would be packed again, their boundaries lost, and the reference's answers to preferences added twice;
     # `datasets` finds the tokenized rows in its cache.

@@ -16,6 +16,7 @@ from lota.algebra import Merge, ModelTensors, diff, extract, masks, merge, overl
 from lota.cli import main as cli
 from lota.delivery.apply import apply_to_checkpoint, revert_checkpoint
 from lota.delivery.rewrite import same_bits
+from lota.selection import cut
 from lota.ticket import Mask, Ticket
 from tests import architectures
 from tests.delivery.architecture_table import load, logits, make_ticket
@@ -380,23 +381,19 @@ def test_an_aligned_model_protects_what_it_was_aligned_with(ranks: Any, tmp_path
     rows = [{"prompt": f"Q: {number}", "completion": f" {number}"} for number in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     argv = ["--model_name_or_path", str(tuned), "--train_file", str(tmp_path / "rows.jsonl")]
-    argv += [
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--score",
-        "gradient",
-        "--calibration_steps",
-        "1",
-        "--max_steps",
-        "1",
-    ]
+    argv += ["--output_dir", str(tmp_path / "run"), "--score", "gradient", "--calibration_steps", "1"]
+    argv += ["--max_steps", "1"]
     argv += ["--density", "0.5", "--per_device_train_batch_size", "2", "--bf16", "true", "--max_length", "32"]
     argv += ["--learning_rate", "1e-2", "--report_to", "none", "--merged", "true"]
+    argv += ["--keep_ranking", "true"]
     argv += ["--protect_from", json.dumps({"base": str(base), "tuned": str(tuned), "density": 0.1})]
     ranks(2).run(jobs.run_recipe, "train_lota", argv)
     ticket = Ticket.load(tmp_path / "run" / "ticket")
     assert Mask.load(tmp_path / "run" / "protected") == aligned and ticket.num_changed
     assert ticket.mask.overlap(aligned) == 0
+    assert cut(tmp_path / "run" / "ranking", 0.5) == ticket.mask
+    lower = cut(tmp_path / "run" / "ranking", 0.1)
+    assert lower.num_active == round(0.1 * lower.eligible) == lower.overlap(ticket.mask)
     models = (ModelTensors(tuned), ModelTensors(tmp_path / "run" / "merged"))
     assert verify([ticket], base=models[0], tuned=models[1], protected=[aligned]).is_proved
 
