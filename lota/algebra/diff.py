@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lota.algebra.models import ModelTensors
 from lota.delivery.rewrite import same_bits
+from lota.progress import Say, silent, tracked
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class TensorDiff:
         return self.num_changed / self.numel if self.numel else 0.0
 
 
-def diff(a: ModelTensors, b: ModelTensors) -> Iterator[TensorDiff]:
+def diff(a: ModelTensors, b: ModelTensors, say: Say = silent) -> Iterator[TensorDiff]:
     """One after another, in the order of A, then what only B has. One tensor of each is in memory."""
     in_b = set(b.names)
-    for name in a.names:
+    for name in tracked(a.names, "compared", say):
         one = a.read(name)
         if name not in in_b:
             yield TensorDiff(name, "only in A", one.numel(), a=_about(one))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lota.algebra.diff import changed_positions
 from lota.algebra.models import ModelTensors, identity
+from lota.progress import Say, silent, tracked
 from lota.selection import eligible, select
 from lota.ticket import BaseTensor, Mask, TicketWriter
 from lota.ticket.manifest import DTYPES
@@ -45,7 +46,7 @@ def extract(
     dtype: torch.dtype | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = silent,
 ) -> Extracted:
     """Write the ticket directory `out`.
 
@@ -62,10 +63,8 @@ def extract(
     changed: dict[str, tuple[tuple[int, ...], Tensor]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     num_changed, total = 0, 0.0
-    for number, name in enumerate(base.names, 1):
+    for name in tracked(base.names, "compared", say):
         one, other = pair.read(name)
-        if number % 50 == 0:
-            say(f"compared {number} of {len(base.names)} tensors")
         known = identity(one)
         if known is None:
             if changed_positions(one, other).numel():

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lota.progress import Say, silent, tracked
 from lota.ticket import BaseTensor, Mask, Ticket, TicketWriter
 
 METHODS = ("sum", "linear", "ties", "dare", "della")
@@ -84,7 +85,7 @@ def merge(
     how: Merge | None = None,
     *,
     overwrite: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = silent,
 ) -> dict[str, int]:
     """Write one ticket for all of them; counts and bytes. ValueError where they are not of one base, have no base
     values, or bring tensors that the base does not have.
@@ -99,9 +100,7 @@ def merge(
     names = list(base)
 
     def indices() -> Any:
-        for number, name in enumerate(names, 1):
-            if number % 50 == 0:
-                say(f"{number} of {len(names)} tensors compared")
+        for name in tracked(names, "entries found", say):
             having = [ticket.mask for ticket in tickets if name in ticket.mask.names]
             yield name, having[0].shape(name), _union(having, name)
 
@@ -118,9 +117,7 @@ def merge(
     facts |= {"density": how.density} if how.method in ("ties", "dare", "della") else {}
     facts |= {"seed": how.seed} if how.method in ("dare", "della") else {}
     with TicketWriter(out, mask, {k: v for k, v in facts.items() if v is not None}, overwrite=overwrite) as writer:
-        for number, name in enumerate(names, 1):
-            if number % 50 == 0:
-                say(f"{number} of {len(names)} tensors merged")
+        for name in tracked(names, "merged", say):
             writer.add(name, *_merged(tickets, mask, name, how, num_layers))
     return {"num_active": mask.num_active, "num_changed": writer.num_changed or 0, "bytes": writer.num_bytes}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lota.algebra.diff import changed_positions
 from lota.algebra.models import ModelTensors
 from lota.delivery.live import check_disjoint, check_frozen, check_is_base, rounded
+from lota.progress import Say, silent, tracked
 from lota.tensor_names import find_names
 from lota.ticket import Mask, Ticket
 
@@ -36,6 +37,7 @@ def verify(
     base: ModelTensors | None = None,
     tuned: ModelTensors | None = None,
     protected: Sequence[Mask] = (),
+    say: Say = silent,
 ) -> Verdict:
     """Hold a model against its base and its tickets.
 
@@ -50,18 +52,18 @@ def verify(
     if tuned is None:
         if protected:
             raise ValueError("protected entries are looked at in a tuned model: give it")
-        return _of_base(tickets, base) if base is not None else Verdict("the files of the tickets are sound")
+        return _of_base(tickets, base, say) if base is not None else Verdict("the files of the tickets are sound")
     if base is None:
         if protected:
             raise ValueError("whether protected entries moved is seen beside the base: give it")
-        return _of_tuned(tickets, tuned)
-    return _of_both(tickets, base, tuned, protected)
+        return _of_tuned(tickets, tuned, say)
+    return _of_both(tickets, base, tuned, protected, say)
 
 
-def _of_base(tickets: Sequence[Ticket], base: ModelTensors) -> Verdict:
+def _of_base(tickets: Sequence[Ticket], base: ModelTensors, say: Say) -> Verdict:
     verdict = Verdict(f"{base.where} is the base of the tickets")
     known = _known(tickets, base, verdict)
-    for name in base.names:
+    for name in tracked(base.names, "compared", say):
         tensor, is_known = base.read(name), False
         for ticket, own in known[name]:
             is_known |= ticket.mask.identity(own) is not None
@@ -70,10 +72,10 @@ def _of_base(tickets: Sequence[Ticket], base: ModelTensors) -> Verdict:
     return verdict
 
 
-def _of_tuned(tickets: Sequence[Ticket], tuned: ModelTensors) -> Verdict:
+def _of_tuned(tickets: Sequence[Ticket], tuned: ModelTensors, say: Say) -> Verdict:
     verdict = Verdict(f"{tuned.where}, with the base values put back, has the base's fingerprints")
     known = _known(tickets, tuned, verdict)
-    for name in tuned.names:
+    for name in tracked(tuned.names, "compared", say):
         tensor, is_known = tuned.read(name), False
         flat = tensor.contiguous().view(-1).clone()
         for ticket, own in known[name]:
@@ -93,14 +95,16 @@ def _of_tuned(tickets: Sequence[Ticket], tuned: ModelTensors) -> Verdict:
     return verdict
 
 
-def _of_both(tickets: Sequence[Ticket], base: ModelTensors, tuned: ModelTensors, protected: Sequence[Mask]) -> Verdict:
+def _of_both(
+    tickets: Sequence[Ticket], base: ModelTensors, tuned: ModelTensors, protected: Sequence[Mask], say: Say
+) -> Verdict:
     verdict = Verdict(f"{tuned.where} is {base.where} plus the tickets, bit for bit")
     known = _known(tickets, base, verdict)
     for mine, others in ((base, tuned), (tuned, base)):
         missing = [name for name in mine.names if name not in set(others.names)]
         verdict.problems += [f"{name} is in {mine.where} and not in {others.where}" for name in missing]
     guarded = [find_names(mask.names, base.names) for mask in protected]
-    for name in base.names:
+    for name in tracked(base.names, "compared", say):
         if name not in set(tuned.names):
             continue
         one, other = base.read(name), tuned.read(name)

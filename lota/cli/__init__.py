@@ -8,6 +8,7 @@ does the work; the jobs are in `jobs`. Only what runs imports torch and the room
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +33,7 @@ from lota.cli import (
     verify,
 )
 from lota.cli.needs import missing
+from lota.cli.parsers import quietly
 from lota.messages import printable
 
 COMMANDS = (
@@ -68,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             known[name](words)
             return 0
         args = parser.parse_args(argv)
-        return args.run(args) or 0
+        with quietly() if args.quiet else contextlib.nullcontext():
+            return args.run(args) or 0
     except BrokenPipeError:  # `lota inspect ... | head` closed it: nothing is wrong
         sys.stderr.close()
     except ModuleNotFoundError as error:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from lota.cli.parsers import add_command
+from lota.cli.parsers import add_command, say
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -71,6 +70,3 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.out}: the base with {num_active:,} entries assigned; {verified}")
 
 
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lota.cli.apply import add_trust_option
-from lota.cli.parsers import add_command
+from lota.cli.parsers import add_command, say
 
 _SHOWN = 20
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     trust = args.trust_remote_code
     a, b = (ModelTensors(locate(model), trust_remote_code=trust) for model in (args.a, args.b))
-    rows = list(diff(a, b))
+    rows = list(diff(a, b, say))
     differing = [row for row in rows if row.kind != "equal"]
     numel, changed = sum(row.numel for row in rows), sum(row.num_changed for row in rows)
     totals = {

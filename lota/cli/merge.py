@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lota.cli.apply import say
-from lota.cli.parsers import add_command
+from lota.cli.parsers import add_command, say
 
 
 def add_parser(commands: Any) -> None:

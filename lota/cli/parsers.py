@@ -3,8 +3,31 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from typing import Any
+
+_IS_QUIET: ContextVar[bool] = ContextVar("is_quiet", default=False)
+
+
+def say(text: str) -> None:
+    """Progress, on stderr, unless --quiet was given."""
+    if not _IS_QUIET.get():
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """For the length of a command nothing is printed but errors."""
+    token = _IS_QUIET.set(True)
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            yield
+    finally:
+        _IS_QUIET.reset(token)
 
 
 def add_command(
@@ -19,5 +42,6 @@ def add_command(
         epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--quiet", action="store_true", help="print errors only; the exit status says the rest")
     parser.set_defaults(run=run)
     return parser

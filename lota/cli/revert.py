@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lota.cli.apply import add_trust_option, say
-from lota.cli.parsers import add_command
+from lota.cli.apply import add_trust_option
+from lota.cli.parsers import add_command, say
 
 
 def add_parser(commands: Any) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lota.cli.apply import add_trust_option
-from lota.cli.parsers import add_command
+from lota.cli.parsers import add_command, say
+
+_SHOWN = 20
 
 
 def add_parser(commands: Any) -> None:
@@ -62,12 +64,15 @@ def run(args: argparse.Namespace) -> int:
         base=opened(args.base),
         tuned=opened(args.tuned),
         protected=[Mask.load(path) for path in args.protected],
+        say=say,
     )
     if args.json:
         print(json.dumps({"proved": verdict.is_proved, **asdict(verdict)}, indent=2))
         return int(not verdict.is_proved)
-    for problem in verdict.problems:
+    for problem in verdict.problems[:_SHOWN]:
         print(f"  {printable(problem)}")
+    if len(verdict.problems) > _SHOWN:
+        print(f"  ... and {len(verdict.problems) - _SHOWN} more; --json lists them")
     unknown = f"; nothing is known of {len(verdict.not_compared)} others" if verdict.not_compared else ""
     counted = f" ({len(verdict.compared)} tensors compared{unknown})" if verdict.compared else ""
     print(f"{'proved' if verdict.is_proved else 'NOT proved'}: {verdict.how}{counted}")

@@ -16,8 +16,9 @@ from lota.checkpoint_keys import is_quantized
 from lota.delivery.card import CARD_NAME, is_card, merged_card
 from lota.delivery.live import check_disjoint, check_dtype, check_frozen, check_is_base, flatten, grown, rounded
 from lota.delivery.model_folder import stored_dtypes
-from lota.delivery.rewrite import Checkpoint, Say, check_complete, rewrite
+from lota.delivery.rewrite import Checkpoint, check_complete, rewrite
 from lota.files import new_folder, read_json_object
+from lota.progress import Say, silent
 from lota.tensor_names import find_names, need_names
 from lota.ticket import Ticket
 from lota.ticket.manifest import DTYPES
@@ -65,7 +66,7 @@ def apply_to_checkpoint(
     transformers keeps in fp32 stay so. finish: called with the folder before it appears. `out` appears by one rename
     when it is complete and was read back; ValueError leaves nothing behind. say: called with a line for every file.
     """
-    base, say, verified = Path(base), say or _silent, Verified()
+    base, say, verified = Path(base), say or silent, Verified()
     with new_folder(out) as folder:
         check_disjoint(tickets)
         checkpoint, placed = _open(base, tickets, trust_remote_code)
@@ -128,7 +129,7 @@ def revert_checkpoint(
     frozen tensors too, is held against the base's fingerprints, so what they cover is the base bit for bit, or
     ValueError and nothing is written. Other files are copied, but for a card that `apply_to_checkpoint` wrote.
     """
-    tuned, say, verified = Path(tuned), say or _silent, Verified()
+    tuned, say, verified = Path(tuned), say or silent, Verified()
     for ticket in tickets:
         if not ticket.has_base_values:
             raise ValueError("this ticket holds no base values to put back: take the base model itself")
@@ -366,7 +367,3 @@ def _plain(dtype: torch.dtype) -> str:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     return read_json_object(path) if path.is_file() else {}
-
-
-def _silent(_: str) -> None:
-    pass

@@ -25,6 +25,7 @@ from lota.delivery.deltas import PADDING, Deltas, deltas
 from lota.delivery.live import check_frozen, check_is_base, flatten, grown
 from lota.delivery.peft_check import run_adapter
 from lota.files import new_folder
+from lota.progress import Say, silent, tracked
 from lota.tensor_names import find_names, need_names
 from lota.ticket import Ticket
 
@@ -37,7 +38,6 @@ _TASK_TYPES = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def export_peft(
     the base and run on a few tokens: modules whose weight their model reads past them go whole, and logits that differ
     from the ticket's are a ValueError. `say` says where that was not possible.
     """
-    base, dtype, say = Path(base), dtype or ticket.mask.base_dtype, say or (lambda _: None)
+    base, dtype, say = Path(base), dtype or ticket.mask.base_dtype, say or silent
     facts = ticket.model or {"class": ticket.provenance.get("class")}
     skeleton = build_on_meta(base, facts, names=ticket.names, trust_remote_code=trust_remote_code)
     prefix = getattr(skeleton, "base_model_prefix", None)
@@ -126,9 +126,7 @@ def _write(
     """The adapter's files. whole: modules that are stored so."""
     whole = set(whole)
     sparse: dict[str, Deltas] = {}
-    for number, name in enumerate(ticket.names, 1):
-        if number % 50 == 0:
-            say(f"tensor {number} of {len(ticket.names)}")
+    for name in tracked(ticket.names, "written", say):
         weight = read(name)
         check_is_base(ticket.mask, name, weight)
         module = _owner(name)

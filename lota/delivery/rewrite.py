@@ -17,10 +17,10 @@ from lota.checkpoint_keys import CheckpointKeys, Origin, missing_names
 from lota.delivery.model_folder import INDEX_NAME, SINGLE_NAME, read_tensor, read_tensors, tensor_files
 from lota.delivery.side_files import copy_side_files
 from lota.files import read_json_object
+from lota.progress import Progress, Say
 
 Edit = Callable[[str, Tensor | None], Tensor | None]
 """What becomes of a model's tensor (None: the checkpoint has none of that name); None: it is left out."""
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -115,6 +115,7 @@ def rewrite(
         names = {files[0]: SINGLE_NAME}
     done: dict[str, Tensor | None] = {}  # keys of tensors made of several, until their file is written
     total, weight_map = 0, dict[str, str]()
+    progress = Progress("read", sum(file.stat().st_size for file in files) / 2**20, "MiB", say)
     for number, file in enumerate(files, 1):
         say(f"{file.name}: {file.stat().st_size / 2**20:,.1f} MiB, file {number} of {len(files)}")
         written: dict[str, Tensor] = {}
@@ -124,6 +125,7 @@ def rewrite(
             made = done.pop(key)
             if made is not None:
                 written[key] = made
+            progress.add(stored.nbytes / 2**20)
         if number == len(files):
             for name in added:
                 made = edit(name, None)
