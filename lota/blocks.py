@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lota import choices
 from lota.kernels import using
+from lota.ranking import save_ranking
 from lota.ranks.world import join_world
 from lota.selection import (
     Candidates,
@@ -24,7 +25,6 @@ from lota.selection import (
     dense_tensors,
     left_out,
     left_out_lines,
-    save_ranking,
     select,
 )
 from lota.selection.kinds import IN_BLOCKS

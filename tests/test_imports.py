@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ticket": {"files", "messages", "kernels"},
     "data": {"architecture", "messages", "packaged", "ranks"},
     "plan": {"architecture", "choices", "ticket", "kernels"},
-    "selection": {"choices", "files", "ranks", "ticket", "kernels"},
+    "selection": {"choices", "files", "ticket", "kernels"},
+    "ranking": {"files", "ranks", "selection", "ticket"},
     "optim": {"messages", "ticket", "kernels"},
     "delivery": {"architecture", "checkpoint_keys", "files", "messages", "progress", "tensor_names", "ticket"},
     "algebra": {"architecture", "checkpoint_keys", "delivery", "progress", "selection", "tensor_names", "ticket"},
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "blocks": {
         *("zero", "zero.compact", "zero.deepspeed"),
-        *("choices", "selection", "ticket", "ranks", "kernels", "messages"),
+        *("choices", "ranking", "selection", "ticket", "ranks", "kernels", "messages"),
     },
     "run": {
         *("architecture", "choices", "blocks", "data", "delivery", "selection", "ticket", "kernels", "ranks", "files"),

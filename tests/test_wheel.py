@@ -97,6 +97,17 @@ def test_the_core_alone_inspects_applies_and_steps(site: Path, tmp_path: Path) -
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert merged["model.embed_tokens.weight"].flatten()[[1, 7]].tolist() == [-1.0, -7.0]
     assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    for words in (
+        ["diff", "base", "merged", "--json"],
+        ["verify", "ticket", "--base", "base", "--tuned", "merged"],
+        ["extract", "--base", "base", "--tuned", "merged", "--out", "extracted"],
+        ["pack", "extracted", "--out", "packed"],
+        ["merge", "extracted", "extracted", "--out", "both", "--method", "linear"],
+        ["mask", "--changed", "base", "merged", "--density", "0.1", "--include", "*", "--out", "changed"],
+        ["revert", "packed", "--tuned", "merged", "--out", "again"],
+    ):
+        done = run(site, tmp_path, *words, code=CORE_ALONE)
+        assert done.returncode == int(words[0] == "diff"), (words, done.stderr)
     step = "import torch, lota\nfrom lota.kernels import adamw_\nfrom lota.optim import MaskedAdamW\n"
     assert run(site, tmp_path, "--version", code=CORE_ALONE + step).returncode == 0
 

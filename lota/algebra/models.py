@@ -86,7 +86,10 @@ def _names_of(checkpoint: Checkpoint) -> list[str]:
     """In the model's order; a tied tensor under the name that `named_parameters` gives it, further ones only where the
     files hold other values for them, so that transformers keeps them apart."""
     if checkpoint.keys is None or checkpoint.model is None:
-        return sorted(checkpoint.homes)
+        homes = checkpoint.homes
+        pairs = [(name, alias) for name, group in checkpoint.tied.items() for alias in group if alias != name]
+        copies = {b for a, b in pairs if a in homes and b in homes and checkpoint.is_copy(a, b)}
+        return sorted(homes.keys() - copies)
     made = checkpoint.keys.of_name
     tied = tied_names(checkpoint.model)
     names = []

@@ -3,7 +3,7 @@
 from lota.selection.candidates import Candidates, candidates, check_unprotected, dense_tensors
 from lota.selection.eligible import eligible
 from lota.selection.left_out import LeftOut, left_out, left_out_lines
-from lota.selection.ranking import cut, save_ranking
+from lota.selection.ranking import cut
 from lota.selection.select import Selection, check, select
 
 __all__ = [
@@ -18,6 +18,5 @@ __all__ = [
     "eligible",
     "left_out",
     "left_out_lines",
-    "save_ranking",
     "select",
 ]

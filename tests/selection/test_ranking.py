@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from lota.cli import main as cli
-from lota.selection import cut, save_ranking, select
+from lota.ranking import save_ranking
+from lota.selection import cut, select
 from lota.selection.ranking import SCORES as SCORES_FILE
 from lota.ticket import BaseTensor, Mask
 
