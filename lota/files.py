@@ -37,6 +37,14 @@ def write_text(path: Path, text: str) -> None:
             raise
 
 
+def make_readable(folder: Path) -> None:
+    """Let those who may read a folder read its files: safetensors makes files that only their owner may."""
+    mode = folder.stat().st_mode & 0o666 | 0o200
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 def sync(folder: Path) -> None:
     """Have what is in a folder, and its names, on the disk."""
     for path in folder.iterdir():
@@ -177,13 +185,9 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             with naming_disk_full(path):
                 yield temporary
-                readable = temporary.stat().st_mode & 0o666  # safetensors makes files that only their owner may read
+                make_readable(temporary)
                 for file in temporary.rglob("*"):
-                    if file.is_file():
-                        file.chmod(readable | 0o200)
-                        sync_path(file)
-                    else:
-                        sync_path(file)
+                    sync_path(file)
                 sync_path(temporary)
             _check_free(path)
             os.replace(temporary, path)

@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 from torch import Tensor
 
+from lota.files import make_readable
 from lota.ranks.world import barrier, print_once, rank
 from lota.run.resolve import Adapter, RunOptions
 from lota.zero.deepspeed.weights import whole_numel
@@ -52,6 +53,7 @@ def save_adapter(engine: Any, path: Path, options: RunOptions) -> dict[str, Any]
         model.peft_config["default"].revision = options.revision
         # Embeddings are not trained; left on "auto", PEFT asks the hub whether they were resized.
         model.save_pretrained(temporary, state_dict=tensors, save_embedding_layers=False)
+        make_readable(temporary)
         shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped between its adapter and its summary
         os.replace(temporary, path)
         print_once(f"adapter: {numel} entries, {nbytes / 2**20:.2f} MiB, in {path}")

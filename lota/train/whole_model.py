@@ -17,7 +17,7 @@ from torch import Tensor
 from lota.delivery.apply import apply_to_checkpoint
 from lota.delivery.model_folder import locate
 from lota.delivery.side_files import copy_side_files
-from lota.files import read_json_object, sync, write_text
+from lota.files import make_readable, read_json_object, sync, write_text
 from lota.ranks.agree import together
 from lota.ranks.world import barrier, print_once, rank
 from lota.run.resolve import RunOptions
@@ -84,6 +84,7 @@ def save_sharded(engine: Any, path: Path, options: RunOptions, template: str | N
         _name_shards(temporary, shards, total)
         _add_side_files(temporary, model, options, next(iter(dtypes)) if len(dtypes) == 1 else None)
         _write_template(temporary, template)
+        make_readable(temporary)
         sync(temporary)
         shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before its summary
         os.replace(temporary, path)

@@ -126,6 +126,8 @@ def test_full_fine_tuning_leaves_a_model(world: Path, tmp_path: Path) -> None:
     options = ("--method", "full", "--learning_rate", "1e-2", "--max_steps", "3")
     summary = succeed("train_lota.py", world, tmp_path / "run", *options)
     assert summary["training"]["eval_loss"] < summary["training"]["eval_loss_before"]
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "run" / "merged").iterdir()}
+    assert len(set(modes.values())) == 1, "whoever reads the folder reads its weights"
     base, tuned = weights(world / "model"), weights(tmp_path / "run" / "merged")
     assert {n: (t.shape, t.dtype) for n, t in base.items()} == {n: (t.shape, t.dtype) for n, t in tuned.items()}
     assert all(not torch.equal(tensor, base[name]) for name, tensor in tuned.items())  # norms and embeddings too
