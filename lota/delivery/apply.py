@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from torch import Tensor
 from lota.checkpoint_keys import is_quantized
 from lota.delivery.card import CARD_NAME, is_card, merged_card
 from lota.delivery.live import check_disjoint, check_dtype, check_frozen, check_is_base, flatten, grown, rounded
-from lota.delivery.model_folder import stored_dtypes
-from lota.delivery.rewrite import Checkpoint, check_complete, rewrite
+from lota.delivery.model_folder import read_tensor, stored_dtypes
+from lota.delivery.rewrite import Checkpoint, Edit, check_complete, edited, rewrite
 from lota.files import new_folder, read_json_object
 from lota.progress import Say, silent
 from lota.tensor_names import find_names, need_names
@@ -79,26 +79,10 @@ def apply_to_checkpoint(
                 "would fill it with random numbers at every loading. Take the whole model as base"
             )
 
-        def edit(name: str, tensor: Tensor | None) -> Tensor | None:
-            concerned = [(on, on.names[name]) for on in placed if name in on.names]
-            for on, own in concerned:
-                if own in on.active:
-                    tensor = grown(on.ticket.mask, own, tensor)
-            assert tensor is not None
-            for on, own in concerned:
-                verified_here(on, own, name, tensor)
-            for on, own in concerned:
-                if own in on.active:
-                    on.edited.add(own)
-                    _assign(on.ticket, own, tensor)
-            return tensor
-
-        def verified_here(on: _Placed, own: str, name: str, tensor: Tensor) -> None:
-            _verify(on, own, name, tensor, verified)
-
         cast, is_cast = _casting(checkpoint, placed, dtype, say)
         concerned = {name for on in placed for name in on.names}
         added = sorted({name for on in placed for name in on.brought} - set(checkpoint.names))
+        edit = _editor(placed, verified)
         rewrite(checkpoint, folder, edit, concerned=concerned, cast=cast, added=added, say=say)
         _check_all_edited(placed, base)
         if is_cast is not None:
@@ -113,6 +97,63 @@ def apply_to_checkpoint(
             finish(folder)
     verified.not_compared |= set(checkpoint.names) - verified.compared
     return verified
+
+
+class Patch(NamedTuple):
+    """Entries of one tensor of a checkpoint folder. In the order of vLLM's CheckpointWeightPatch.
+
+    name: the key in the files. shape, dtype: the stored tensor's. values: 1-D, of dtype. indices: int64, flat.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    values: Tensor
+    indices: Tensor
+
+
+def checkpoint_patches(
+    base: str | os.PathLike[str],
+    tickets: Sequence[Ticket],
+    *,
+    reverse: bool = False,
+    trust_remote_code: bool = False,
+) -> Iterator[Patch]:
+    """What the tickets change in the files of `base`, by the files' own keys and positions, for servers that take
+    sparse patches: every entry whose bits change, with its new value; reverse: with the base's, which takes them off.
+
+    The base is read once, a tensor at a time (one that the model makes of several files' tensors whole), and verified
+    on the way as `apply_to_checkpoint` does. ValueError where a patch cannot say it: tensors or rows that the base does
+    not have, and a base that is stored in another dtype than it was trained in.
+    """
+    check_disjoint(tickets)
+    checkpoint, placed = _open(Path(base), tickets, trust_remote_code)
+    for on in placed:
+        if on.brought:
+            raise ValueError(f"{base} does not have {min(on.brought)}: a patch changes what is there. Use lota apply")
+    cast, is_cast = _casting(checkpoint, placed, None, silent)
+    if is_cast is not None:
+        raise ValueError(f"{base} is stored in another dtype than {_plain(is_cast)}, in which the ticket was trained: "
+                         "a patch keeps the dtype. Write the base in it with lota apply --dtype first")  # fmt: skip
+    edit, concerned = _editor(placed, Verified()), {name for on in placed for name in on.names}
+    done: dict[str, Tensor | None] = {}
+    for key in sorted(checkpoint.homes):
+        stored = read_tensor(checkpoint.homes[key], key)
+        if key not in done:
+            done |= edited(checkpoint, key, stored.clone(), edit, concerned, cast)
+        made = done.pop(key)
+        if made is None or made.dtype != stored.dtype or made.shape != stored.shape:
+            raise ValueError(f"{key} of {base} changes its dtype or shape: a patch keeps both. Use lota apply")
+        where = (_bits(made) != _bits(stored)).nonzero().squeeze(1)
+        if where.numel():
+            values = (stored if reverse else made).reshape(-1)[where]
+            yield Patch(key, tuple(stored.shape), stored.dtype, values, where)
+    _check_all_edited(placed, Path(base))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().reshape(-1).view(integers[tensor.element_size()])
 
 
 def revert_checkpoint(
@@ -191,6 +232,29 @@ class _Placed:
     active: frozenset[str]
     brought: frozenset[str]
     edited: set[str] = field(default_factory=set)
+
+
+def _editor(placed: Sequence[_Placed], verified: Verified) -> Edit:
+    """Assigns the tickets' values to a tensor, once it is known to be the base's."""
+
+    def edit(name: str, tensor: Tensor | None) -> Tensor | None:
+        concerned = [(on, on.names[name]) for on in placed if name in on.names]
+        for on, own in concerned:
+            if own in on.active:
+                tensor = grown(on.ticket.mask, own, tensor)
+        assert tensor is not None
+        for on, own in concerned:
+            _verify(on, own, name, tensor, verified)
+        for on, own in concerned:
+            if own in on.active:
+                on.edited.add(own)
+                _assign(on.ticket, own, tensor)
+        return tensor
+
+    def verified_here(on: _Placed, own: str, name: str, tensor: Tensor) -> None:
+        _verify(on, own, name, tensor, verified)
+
+    return edit
 
 
 def _open(

@@ -121,7 +121,7 @@ def rewrite(
         written: dict[str, Tensor] = {}
         for key, stored in read_tensors(file):
             if key not in done:
-                done |= _edited(checkpoint, key, stored, edit, concerned, cast)
+                done |= edited(checkpoint, key, stored, edit, concerned, cast)
             made = done.pop(key)
             if made is not None:
                 written[key] = made
@@ -144,7 +144,7 @@ def rewrite(
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _edited(
+def edited(
     checkpoint: Checkpoint,
     key: str,
     stored: Tensor,
