@@ -83,7 +83,7 @@ def _gathered(mask: Mask, pieces: Pieces, ranks: Ranks) -> Iterator[tuple[str, T
         scores = torch.zeros(positions.numel(), dtype=torch.float32)
         while piece is not None and piece[0] == name:
             _, start, values = piece
-            ends = torch.tensor([start, start + values.numel()])
+            ends = torch.tensor([start, start + values.numel()], dtype=torch.int64)
             low, high = torch.searchsorted(positions, ends).tolist()
             inside = (positions[low:high] - start).to(values.device)
             scores[low:high] = values.detach().reshape(-1)[inside].float().abs().cpu()

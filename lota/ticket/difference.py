@@ -37,7 +37,8 @@ def encode(values: Tensor, base_values: Tensor) -> tuple[Tensor, list[int]]:
     zigzag = (difference << 1) ^ (difference >> (width - 1))
     planes = zigzag.view(torch.uint8).view(-1, values.element_size()).t().contiguous()
     parts = [_deflate(plane) for plane in planes]
-    data = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8) if any(parts) else torch.empty(0).byte()
+    joined = bytearray(b"".join(parts))
+    data = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
     return data, [len(part) for part in parts]
 
 
