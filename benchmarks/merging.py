@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from lota.algebra import ModelTensors
-from lota.algebra.diff import changed_positions
 from lota.algebra.models import identity
+from lota.delivery.rewrite import changed_positions
 from lota.ticket import Mask, Ticket
 
 METHODS: dict[str, tuple[list[str], dict[str, Any]]] = {

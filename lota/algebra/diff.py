@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lota.algebra.models import ModelTensors
-from lota.delivery.rewrite import same_bits
+from lota.delivery.rewrite import changed_positions, same_bits
 from lota.progress import Say, silent, tracked
 
 
@@ -45,13 +45,6 @@ def diff(a: ModelTensors, b: ModelTensors, say: Say = silent) -> Iterator[Tensor
         if name not in in_a:
             other = b.read(name)
             yield TensorDiff(name, "only in B", other.numel(), b=_about(other))
-
-
-def changed_positions(one: Tensor, other: Tensor) -> Tensor:
-    """Flat positions of the entries whose bits differ; both of one shape and dtype."""
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
-    first, second = (tensor.contiguous().reshape(-1).view(bits) for tensor in (one, other))
-    return (first != second).nonzero().squeeze(1)
 
 
 def _compare(name: str, one: Tensor, other: Tensor) -> TensorDiff:

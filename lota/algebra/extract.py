@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lota.algebra.diff import changed_positions
 from lota.algebra.models import ModelTensors, identity
+from lota.delivery.rewrite import changed_positions
 from lota.progress import Say, silent, tracked
 from lota.selection import eligible, select
 from lota.ticket import BaseTensor, Mask, TicketWriter

@@ -129,7 +129,6 @@ def _combined(masks: Sequence[Mask], combine: Callable[[Tensor, Tensor], Tensor]
     names = dict.fromkeys(name for mask in masks for name in mask.names)
     shapes: dict[str, tuple[int, ...]] = {}
     known: dict[str, BaseTensor] = {}
-    frozen: dict[str, BaseTensor] = {}
     for mask in masks:
         for name in mask.names:
             if shapes.setdefault(name, mask.shape(name)) != mask.shape(name):

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lota.algebra.diff import changed_positions
 from lota.algebra.models import ModelTensors
 from lota.delivery.live import check_disjoint, check_frozen, check_is_base, rounded
+from lota.delivery.rewrite import changed_positions
 from lota.progress import Say, silent, tracked
 from lota.tensor_names import find_names
 from lota.ticket import Mask, Ticket

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from lota.checkpoint_keys import is_quantized
 from lota.delivery.card import CARD_NAME, is_card, merged_card
 from lota.delivery.live import check_disjoint, check_dtype, check_frozen, check_is_base, flatten, grown, rounded
 from lota.delivery.model_folder import read_tensor, stored_dtypes
-from lota.delivery.rewrite import Checkpoint, Edit, check_complete, edited, rewrite
+from lota.delivery.rewrite import Checkpoint, Edit, changed_positions, check_complete, edited, rewrite
 from lota.files import new_folder, read_json_object
 from lota.progress import Say, silent
 from lota.tensor_names import find_names, need_names
@@ -118,11 +118,12 @@ def checkpoint_patches(
     *,
     reverse: bool = False,
     trust_remote_code: bool = False,
-) -> Iterator[Patch]:
+) -> list[Patch]:
     """What the tickets change in the files of `base`, by the files' own keys and positions, for servers that take
     sparse patches: every entry whose bits change, with its new value; reverse: with the base's, which takes them off.
 
-    The base is read once, a tensor at a time (one that the model makes of several files' tensors whole), and verified
+    All of them or ValueError, in memory that is the tickets': whoever takes them never holds a part of them. The base
+    is read once, a tensor at a time (one that the model makes of several files' tensors whole), and verified
     on the way as `apply_to_checkpoint` does. ValueError where a patch cannot say it: tensors or rows that the base does
     not have, and a base that is stored in another dtype than it was trained in.
     """
@@ -136,6 +137,7 @@ def checkpoint_patches(
         raise ValueError(f"{base} is stored in another dtype than {_plain(is_cast)}, in which the ticket was trained: "
                          "a patch keeps the dtype. Write the base in it with lota apply --dtype first")  # fmt: skip
     edit, concerned = _editor(placed, Verified()), {name for on in placed for name in on.names}
+    patches: list[Patch] = []
     done: dict[str, Tensor | None] = {}
     for key in sorted(checkpoint.homes):
         stored = read_tensor(checkpoint.homes[key], key)
@@ -144,16 +146,12 @@ def checkpoint_patches(
         made = done.pop(key)
         if made is None or made.dtype != stored.dtype or made.shape != stored.shape:
             raise ValueError(f"{key} of {base} changes its dtype or shape: a patch keeps both. Use lota apply")
-        where = (_bits(made) != _bits(stored)).nonzero().squeeze(1)
+        where = changed_positions(made, stored)
         if where.numel():
             values = (stored if reverse else made).reshape(-1)[where]
-            yield Patch(key, tuple(stored.shape), stored.dtype, values, where)
+            patches.append(Patch(key, tuple(stored.shape), stored.dtype, values, where))
     _check_all_edited(placed, Path(base))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().reshape(-1).view(integers[tensor.element_size()])
+    return patches
 
 
 def revert_checkpoint(
@@ -250,9 +248,6 @@ def _editor(placed: Sequence[_Placed], verified: Verified) -> Edit:
                 on.edited.add(own)
                 _assign(on.ticket, own, tensor)
         return tensor
-
-    def verified_here(on: _Placed, own: str, name: str, tensor: Tensor) -> None:
-        _verify(on, own, name, tensor, verified)
 
     return edit
 

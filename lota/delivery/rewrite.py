@@ -187,6 +187,13 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return one.numel() == 0 or torch.equal(*flat)
 
 
+def changed_positions(one: Tensor, other: Tensor) -> Tensor:
+    """Flat positions of the entries whose bits differ; both of one shape and dtype."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
+    first, second = (tensor.contiguous().reshape(-1).view(bits) for tensor in (one, other))
+    return (first != second).nonzero().squeeze(1)
+
+
 def check_complete(folder: Path, checkpoint: Checkpoint, facts: Mapping[str, Any] | None) -> None:
     """ValueError where the folder that was written lacks a tensor of its model that the source had."""
     written = Checkpoint.open(folder, (), facts)

@@ -20,7 +20,7 @@ def check(base: Path, tickets: list[Ticket], folder: Path) -> None:
     before, wanted = load_checkpoint(base), load_checkpoint(folder / "applied")
     made = {name: tensor.clone() for name, tensor in before.items()}
     for reverse, goal in ((False, wanted), (True, before)):
-        patches = list(checkpoint_patches(base, tickets, reverse=reverse))
+        patches = checkpoint_patches(base, tickets, reverse=reverse)
         assert patches and len({patch.name for patch in patches}) == len(patches)
         for name, shape, dtype, values, indices in patches:
             assert made[name].shape == shape and made[name].dtype == dtype == values.dtype
@@ -49,7 +49,7 @@ def test_another_base_and_another_dtype_are_refused(tmp_path: Path) -> None:
     ticket = ticket_on(model, "q_proj")
     save_base(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match="another base"):
-        list(checkpoint_patches(tmp_path / "other", [ticket]))
+        checkpoint_patches(tmp_path / "other", [ticket])
     save_base(tmp_path / "wide", dtype=torch.float32)
     with pytest.raises(ValueError, match="lota apply --dtype"):
-        list(checkpoint_patches(tmp_path / "wide", [ticket]))
+        checkpoint_patches(tmp_path / "wide", [ticket])
