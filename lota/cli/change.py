@@ -44,7 +44,7 @@ Write the ticket OUT with exactly round(KEEP * entries) of the entries, those wi
         commands,
         "pack",
         run_pack,
-        summary="a ticket in a third of the bytes, to be read beside its base",
+        summary="a ticket in about half of the bytes, to be read beside its base",
         text="""
 Write the ticket OUT with the coded differences of values and base values in place of both: one stream gives the values
 to whoever has the base, and the base to whoever has the tuned model, bit for bit. lota apply, revert and export, and

@@ -192,7 +192,7 @@ class Ticket:
     ) -> None:
         """Write the directory `path` atomically, tensor by tensor; ValueError where something is unless `overwrite`.
 
-        form: see `TicketWriter`; `packed` takes a third of the bytes, and needs the base (or the tuned model) to be
+        form: see `TicketWriter`; `packed` takes about half of the bytes, and needs the base (or the tuned model) to be
         read.
         """
         options: dict[str, Any] = {
