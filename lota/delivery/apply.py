@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from lota.ticket import Ticket
 from lota.ticket.manifest import DTYPES
 from lota.ticket.writer import count_changed
 
+_RANDOM = "transformers would fill it with random numbers at every loading"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -71,14 +72,7 @@ def apply_to_checkpoint(
         check_disjoint(tickets)
         checkpoint, placed = _open(base, tickets, trust_remote_code)
         brought = {name for on in placed for name in on.brought}
-        missing = [name for name in checkpoint.missing() if not brought & {name, *checkpoint.tied.get(name, ())}]
-        if missing:
-            more = f" (and {len(missing) - 1} more tensors)" if missing[1:] else ""
-            raise ValueError(
-                f"{base} does not hold {missing[0]}{more}, which {type(checkpoint.model).__name__} has: transformers "
-                "would fill it with random numbers at every loading. Take the whole model as base"
-            )
-
+        _check_whole(checkpoint, base, f"{_RANDOM}. Take the whole model as base", brought)
         cast, is_cast = _casting(checkpoint, placed, dtype, say)
         concerned = {name for on in placed for name in on.names}
         added = sorted({name for on in placed for name in on.brought} - set(checkpoint.names))
@@ -132,6 +126,7 @@ def checkpoint_patches(
     for on in placed:
         if on.brought:
             raise ValueError(f"{base} does not have {min(on.brought)}: a patch changes what is there. Use lota apply")
+    _check_whole(checkpoint, Path(base), f"{_RANDOM}. Take the whole model as base")
     cast, is_cast = _casting(checkpoint, placed, None, silent)
     if is_cast is not None:
         raise ValueError(f"{base} is stored in another dtype than {_plain(is_cast)}, in which the ticket was trained: "
@@ -206,13 +201,8 @@ def revert_checkpoint(
             entries = dict.fromkeys(ticket.model.get("config") or {})
             _edit_config(folder, entries | (ticket.model.get("base_config") or {}))
         reverted = Checkpoint.open(folder, (), None)
-        missing = reverted.missing()
-        if missing:
-            more = f" (and {len(missing) - 1} more tensors)" if missing[1:] else ""
-            raise ValueError(
-                f"{tuned} does not hold {missing[0]}{more}, which {type(reverted.model).__name__} has: it was saved "
-                "again as another kind of model since the tickets were applied. Take the base model itself"
-            )
+        why = "it was saved again as another kind of model since the tickets were applied. Take the base model itself"
+        _check_whole(reverted, tuned, why)
         card = folder / CARD_NAME
         if card.is_file() and is_card(card.read_text(encoding="utf-8")):
             card.unlink()
@@ -290,6 +280,16 @@ def _place(ticket: Ticket, checkpoint: Checkpoint, is_tuned: bool) -> _Placed:
             if alias not in exact and alias in known and checkpoint.is_copy(other, alias):
                 names[alias] = name
     return _Placed(ticket, names, frozenset(ticket.names), brought)
+
+
+def _check_whole(checkpoint: Checkpoint, folder: Path, why: str, brought: Collection[str] = ()) -> None:
+    """ValueError where the files lack a tensor of the model that no ticket brings. folder: for the message."""
+    known = set(brought)
+    missing = [name for name in checkpoint.missing() if not known & {name, *checkpoint.tied.get(name, ())}]
+    if missing:
+        more = f" (and {len(missing) - 1} more tensors)" if missing[1:] else ""
+        kind = type(checkpoint.model).__name__
+        raise ValueError(f"{folder} does not hold {missing[0]}{more}, which {kind} has: {why}")
 
 
 def _is_brought(ticket: Ticket, name: str) -> bool:
