@@ -27,6 +27,10 @@ CALIBRATION_STEPS = 200
 CALIBRATION_RATE_DIVISOR = 10
 """Calibration trains at the run's learning rate divided by this."""
 MAX_SKIPPED_STEPS = 10
+PULL = 10.0
+"""How strongly a run is pulled to what earlier tasks need, where it is."""
+IMPORTANCE_BATCHES, IMPORTANCE_ROWS = 64, 4
+"""Micro-batches, and at most so many rows each, from which a task's importance is collected."""
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
@@ -75,6 +79,18 @@ def check_max_skipped_steps(value: Any) -> int:
             "consecutive steps with non-finite gradients"
         )
     return value
+
+
+def check_pull(pull: Any, retain: Sequence[Any]) -> None:
+    """ValueError unless both are given or none, and pull is a positive number."""
+    if pull is None and not retain:
+        return
+    if not retain:
+        raise ValueError("pull needs retain: tickets that hold their task's importance, or rows to collect it from")
+    if isinstance(pull, bool) or not isinstance(pull, numbers.Real) or not 0 < float(pull) < float("inf"):
+        raise ValueError(
+            f"retain needs pull, a positive number ({PULL:g}; try 3 and 30), got {pull!r}. Leave both out for no pull"
+        )
 
 
 def check_rounding_seed(seed: Any) -> int | None:

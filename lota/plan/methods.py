@@ -157,8 +157,10 @@ def lota(
     *,
     reduction: str = "compact",
     reduce_every: str = "micro_step",
+    is_pulled: bool = False,
 ) -> MethodPlan:
-    """Sparse training. reduction: `compact` or `dense`; reduce_every: `micro_step` or `step`."""
+    """Sparse training. reduction: `compact` or `dense`; reduce_every: `micro_step` or `step`. is_pulled: to what
+    earlier tasks need, with old values and importance beside the masters."""
     size, spread = layout.shard_size, mask.spread
     accumulation = layout.gradient_accumulation_steps
     names = [name for name in mask.numels if spread.counts.get(name, 0)]
@@ -171,6 +173,8 @@ def lota(
     if reduction == "dense" or size > 1 or layout.offload_param:
         device["index, own share"] = share
     device |= {"masters": 4 * padded, "moments": 8 * padded, "gradients": 4 * padded}
+    if is_pulled:
+        device |= {"old values": model.item_bytes * padded, "importance": 2 * padded}
     host = {"base values": model.item_bytes * spread.local, ENCODED_MASK: mask.encoded()}
     host["fingerprints"] = FINGERPRINT_TABLE
     if layout.offload_param:
@@ -199,7 +203,7 @@ def lota(
         excess, received = spread.local * percent // 100, bucket * percent // 100 if reduction == "compact" else 0
     uneven = _buffers(0, received, layout)
     if not layout.offload_param:
-        uneven += excess * (16 + spread.local_offset_bytes)
+        uneven += excess * (16 + spread.local_offset_bytes + ((model.item_bytes + 2) if is_pulled else 0))
     return MethodPlan(
         f"LoTA, {100 * spread.active / max(1, mask.eligible):.3g}%",
         device,

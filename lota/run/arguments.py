@@ -32,6 +32,29 @@ class LotaArguments(SourceArguments):
         default=None, metadata={"help": "For score task_vector (a tenth of learning_rate)."}
     )
     mask: str | None = field(default=None, metadata={"help": "A mask or ticket to train on; skips calibration."})
+    tickets: list[str] | None = field(
+        default=None,
+        metadata={"help": "Tickets of earlier tasks, on the base when the run begins; their entries are protected."},
+    )
+    overlap: bool = field(
+        default=False, metadata={"help": "Entries of these tickets may be chosen again, and are then overwritten."}
+    )
+    retain: list[Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Earlier tasks to be pulled to: tickets with their importance, or rows, as {train_file: FILE, ...}."
+        },
+    )
+    pull: float | None = field(
+        default=None, metadata={"help": f"How strongly, with retain ({choices.PULL:g}; try 3 and 30)."}
+    )
+    keep_importance: bool = field(
+        default=False, metadata={"help": "Keep in the ticket what this task needs of all weights, for retain later on."}
+    )
+    importance_batches: int = field(
+        default=choices.IMPORTANCE_BATCHES,
+        metadata={"help": f"Micro-batches for that, of at most {choices.IMPORTANCE_ROWS} rows."},
+    )
     protect: list[str] | None = field(default=None, metadata={"help": "Tickets whose entries must not be chosen."})
     protect_from: dict[str, Any] | str | None = field(
         default=None,
@@ -82,3 +105,11 @@ class LotaArguments(SourceArguments):
     )
     use_rslora: bool | None = field(default=None, metadata={"help": "Scale by alpha / sqrt(r) instead (false)."})
     merged: bool = field(default=False, metadata={"help": "Also write the trained model to output_dir/merged."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.retain, str):
+            import yaml  # late, as in DataArguments
+
+            given = yaml.safe_load(self.retain)
+            self.retain = given if isinstance(given, list) else [given]

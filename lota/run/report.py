@@ -59,6 +59,8 @@ def read_series(folder: Path) -> Series:
     points: dict[str, dict[str, dict[int, float]]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
+        if row["phase"] == "importance":
+            continue  # a few dozen micro-batches of a model that does not change
         phase = points.setdefault(row["phase"], {})
         for name in ("loss", "eval_loss", "learning_rate", "grad_norm"):
             value = row.get(name)

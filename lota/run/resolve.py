@@ -14,12 +14,15 @@ import yaml
 
 from lota import choices
 from lota.architecture import check_is_name
+from lota.data.options import DataArguments, DataPlan, plan_data
 from lota.kernels import using
+from lota.messages import did_you_mean
 from lota.ranks.world import world_size
+from lota.retention import Importance
 from lota.run import ds_config
 from lota.run.batch import set_accumulation
 from lota.run.options import Config, LotaArguments, PreferenceConfig, keys_of_config, names_on_command_line
-from lota.ticket import Mask
+from lota.ticket import Mask, Ticket
 from lota.zero.compact.groups import check_shard_group_size
 
 
@@ -37,6 +40,20 @@ class Calibration:
     keep_ranking: bool
     include: list[str] | None
     exclude: list[str] | None
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What earlier tasks are kept by. tickets: on the base when the run begins. retain: paths of tickets (or importance
+    files), or rows. pull: None for none. importance_batches: from how many micro-batches an importance is collected.
+    keep_importance: whether this run leaves its own."""
+
+    tickets: tuple[str, ...]
+    overlap: bool
+    retain: tuple[str | DataPlan, ...]
+    pull: float | None
+    keep_importance: bool
+    importance_batches: int
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,7 @@ class RunOptions:
     rounding_seed: int | None
     ticket_dtype: str | None
     adapter: Adapter | None
+    keeping: Keeping
     merged: bool
     given: Mapping[str, Any]
     notes: tuple[str, ...]
@@ -151,7 +169,7 @@ def resolve(
         if mask_only:
             raise ValueError(f"method: {args.method} has no mask to calibrate; use method: lota")
         what = "every weight" if args.method == "full" else "an adapter"
-        ours = (*_CALIBRATION, "mask", "dense", *_SPARSE, "max_skipped_steps")
+        ours = (*_CALIBRATION, "mask", "dense", *_SPARSE, *_PULL, "overlap", "max_skipped_steps")
         unused.drop(f"method: {args.method} trains {what}", ours)
     elif args.mask is not None:
         if mask_only:
@@ -164,10 +182,11 @@ def resolve(
     elif args.method == "lota" and args.mask is None:
         calibration = _calibration(args, config, unused)
     if mask_only:
-        unused.drop("the run ends with the mask", (*_SPARSE, "merged"))
+        unused.drop("the run ends with the mask", (*_SPARSE, *_PULL, "merged"))
     _check_rounding(args.rounding_seed, config)
     for path in args.protect or ():
         Mask.load(path)
+    keeping = _keeping(args, unused)
     return RunOptions(
         method=args.method,
         model=args.model_name_or_path,
@@ -185,6 +204,7 @@ def resolve(
         rounding_seed=args.rounding_seed,
         ticket_dtype=args.ticket_dtype,
         adapter=adapter,
+        keeping=keeping,
         merged=args.merged,
         given={name: value for name, value in asdict(args).items() if value is not None},
         notes=tuple(unused.notes),
@@ -224,7 +244,50 @@ _CALIBRATION = (
 
 _SPARSE = ("shard_group_size", "gradient_reduction", "kernels", "rounding_seed", "ticket_dtype")
 
+_PULL = ("retain", "pull", "keep_importance", "importance_batches")
+
 _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
+
+
+def _keeping(args: LotaArguments, unused: _Unused) -> Keeping:
+    """Check what is to be kept of earlier tasks; opens the tickets and the importance files."""
+    tickets = [Ticket.load(path) for path in args.tickets or ()]
+    for path, ticket in zip(args.tickets or (), tickets, strict=True):
+        if ticket.is_packed:
+            raise ValueError(f"{path} is packed, and read beside its whole base: unpack it first (lota unpack)")
+        if not ticket.has_base_values:
+            raise ValueError(f"{path} holds no base values, so nobody knows what it changes: make it with them")
+    if args.overlap and not tickets:
+        unused.drop("no tickets are given", ("overlap",))
+    retain = tuple(_retained(item) for item in args.retain or ())
+    if retain and args.pull is None:
+        args.pull = choices.PULL
+    choices.check_pull(args.pull, retain)
+    if args.importance_batches < 1:
+        raise ValueError(f"importance_batches must be at least 1, got {args.importance_batches}")
+    if not args.keep_importance and all(isinstance(item, str) for item in retain):
+        unused.drop("no importance is collected (neither keep_importance nor rows to retain)", ("importance_batches",))
+    pull = None if args.pull is None else float(args.pull)
+    return Keeping(
+        tuple(args.tickets or ()), args.overlap, retain, pull, args.keep_importance, args.importance_batches
+    )
+
+
+def _retained(item: Any) -> str | DataPlan:
+    """A path whose importance can be read, or the plan of rows."""
+    if isinstance(item, str):
+        Importance.load(item)
+        return item
+    if not isinstance(item, dict):
+        raise ValueError(f"retain takes tickets, or rows as {{train_file: FILE, ...}}, got {item!r:.120}")
+    entry = dict(item)
+    if "data" in entry:
+        entry["train_file"] = entry.pop("data")
+    known = [option.name for option in fields(DataArguments) if not option.name.startswith("eval")]
+    for name in entry:
+        if name not in known:
+            raise ValueError(f"retain: unknown option {name!r}" + did_you_mean(str(name), known))
+    return plan_data(DataArguments(**entry))
 
 
 def _adapter(args: LotaArguments) -> Adapter:

@@ -50,7 +50,7 @@ def calibrate(
             score=chosen.score,
             density=chosen.density,
             budget=chosen.budget,
-            protect=[*chosen.protect, *_protected(options, folder)],
+            protect=[*chosen.protect, *_on_base(options), *_protected(options, folder)],
             include=chosen.include,
             exclude=chosen.exclude,
             dense=options.dense,
@@ -86,6 +86,11 @@ def calibrate(
     provenance = {"model": options.model, "score": chosen.score, "steps": chosen.steps}
     folder.save_mask(mask, facts, provenance)
     return mask, facts, data
+
+
+def _on_base(options: RunOptions) -> tuple[str, ...]:
+    """The tickets on the base, whose entries stay as they are unless the run may overwrite them."""
+    return () if options.keeping.overlap else options.keeping.tickets
 
 
 def _protected(options: RunOptions, folder: RunFolder) -> list[str]:

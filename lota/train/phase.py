@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, disable_progress_bars
+from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
@@ -29,10 +31,12 @@ from lota.run.checkpoints import step_of
 from lota.run.folder import RunFolder
 from lota.run.options import Config
 from lota.run.resolve import RunOptions
+from lota.ticket import Ticket
 from lota.train import lora
 from lota.train.callbacks import Log, NoLastCheckpoint, Progress
 from lota.train.tracking import tracking_of
 from lota.train.trainer import trainer_class
+from lota.zero.assign import assign
 
 _DOING = {"calibrate": "calibration", "train": "training"}
 
@@ -47,10 +51,12 @@ class Phase:
         config: Config,
         data: Sets,
         folder: RunFolder,
+        *,
+        tickets: Sequence[str | Path] = (),
         **changes: Any,
     ) -> None:
-        """changes: values of TrainingArguments for this phase only. Arguments are made afresh for each phase, because
-        DeepSpeed's "auto" values are filled into them."""
+        """tickets: on the model beside those of the run. changes: values of TrainingArguments for this phase only.
+        Arguments are made afresh for each phase, because DeepSpeed's "auto" values are filled into them."""
         train, evaluation = data
         self.name = name
         where = folder.checkpoints_of(name)
@@ -69,10 +75,10 @@ class Phase:
             transformers_logging.disable_progress_bar()
         # On CPU ranks the arguments set up torch.distributed alone; zero.Init would take the world for one rank.
         deepspeed.init_distributed()
-        leave_if_asked(f"before {_DOING[name]}")
+        self._leave_if_asked()
         # Loading rewinds: nothing of an earlier phase is reused. from_pretrained shards at once, because the
         # arguments above registered the ZeRO-3 configuration.
-        model = load_model(options, config)
+        model = load_model(options, config, tickets)
         # Where embeddings are frozen, reentrant checkpointing cuts the graph unless their output asks for a gradient.
         if self.config.gradient_checkpointing:
             model.enable_input_require_grads()
@@ -87,6 +93,7 @@ class Phase:
         )
         check_positions(model.config, self.prepared, self.config)
         self.trainer.saved_step = None if self._checkpoint is None else step_of(self._checkpoint)
+        self.trainer.has_checkpoints = name != "importance"
         self.trainer.remove_callback(ProgressCallback)
         self.folder = folder
         self._num_dropped = 0 if getattr(self.config, "packing", False) else len(train) - len(self.prepared)
@@ -96,7 +103,8 @@ class Phase:
             self.trainer.add_callback(NoLastCheckpoint())
         # Calibration comes first on the run's one axis of steps.
         first_step = options.calibration.steps if options.calibration is not None and name == "train" else 0
-        for callback in tracking_of(folder.path, config.report_to).callbacks(name, first_step):
+        tracking = tracking_of(folder.path, config.report_to)
+        for callback in tracking.callbacks(name, first_step) if name != "importance" else ():
             self.trainer.add_callback(callback)
         if not self.config.disable_tqdm:
             self.trainer.add_callback(Progress(name))
@@ -113,7 +121,7 @@ class Phase:
 
     def run(self) -> dict[str, Any]:
         """Train, evaluate where there is an evaluation set, and say what happened. Collective."""
-        leave_if_asked(f"before {_DOING[self.name]}")  # loading takes a while
+        self._leave_if_asked()  # loading takes a while
         print_once(f"{self.name}: {batch_arithmetic(self.config, self.trainer.train_dataset)}")
         if self._num_dropped:
             print_once(f"{self.name}: {self._num_dropped} rows dropped, of whose answers max_length leaves nothing")
@@ -144,6 +152,11 @@ class Phase:
         print_once(f"{self.name}: {losses_line(facts)}")
         return facts
 
+    def _leave_if_asked(self) -> None:
+        """Collecting the importance takes a minute and has no checkpoints: the run is then asked again behind it."""
+        if self.name != "importance":
+            leave_if_asked(f"before {_DOING[self.name]}")
+
     def _leave_if_complete(self) -> None:
         """After the last step a run stops only where a checkpoint of that step brings it back here. Without one, to
         finish loses less."""
@@ -172,8 +185,9 @@ class Phase:
             torch.accelerator.memory.empty_cache()
 
 
-def load_model(options: RunOptions, config: Config) -> Any:
-    """The base as it is trained, sharded at once where a ZeRO-3 configuration was registered."""
+def load_model(options: RunOptions, config: Config, tickets: Sequence[str | Path] = ()) -> Any:
+    """The base with the run's tickets and these, as it is trained: sharded at once, because a ZeRO-3 configuration was
+    registered. Collective."""
     model = AutoModelForCausalLM.from_pretrained(
         options.model,
         revision=options.revision,
@@ -182,6 +196,9 @@ def load_model(options: RunOptions, config: Config) -> Any:
         dtype=training_dtype(config),
     )
     model.config.use_cache = False
+    on_it = [Ticket.load(path) for path in (*options.keeping.tickets, *tickets)]
+    if on_it:
+        assign(model, on_it, torch.device(get_accelerator().current_device_name()))
     _name_as_trl_expects(model)
     return model
 

@@ -76,7 +76,7 @@ def _phases(options: RunOptions, model: plan.ModelShapes, layout: plan.Layout) -
         known = [name for name in mask.names if name in model.shapes]  # it may name buffers too
         counts = plan.MaskCounts.even(model, known, mask.density, layout.shard_size)
     reduction = "dense" if options.gradient_reduction == "dense" else "compact"
-    return [*before, plan.lota(model, layout, counts, reduction=reduction)]
+    return [*before, plan.lota(model, layout, counts, reduction=reduction, is_pulled=options.keeping.pull is not None)]
 
 
 def _lora_targets(targets: Sequence[str], model: plan.ModelShapes) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ class WholeCheckpoints:
     control: Any
     accelerator: Any
     _staging: Path | None = None
+    num_training_steps: int | None = None  # as the schedule was made for them
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)  # type: ignore[misc]
@@ -46,6 +47,7 @@ class WholeCheckpoints:
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Some schedules (polynomial) read the optimizer's defaults, which DeepSpeed's own wrapper does not hand on."""
+        self.num_training_steps = num_training_steps
         wrapper = self.optimizer if optimizer is None else optimizer  # type: ignore[attr-defined]
         while not hasattr(wrapper, "defaults") and hasattr(wrapper, "optimizer"):
             if hasattr(wrapper.optimizer, "defaults"):
@@ -135,6 +137,7 @@ class StopsWhenAsked:
     control: Any
     callback_handler: Any
     saved_step: int | None = None
+    has_checkpoints: bool = True  # a phase without any, which is a short one, runs to its end
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -143,7 +146,7 @@ class StopsWhenAsked:
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
     ) -> None:
-        number = signal_received()
+        number = signal_received() if self.has_checkpoints else 0
         if number:
             self.control.should_log = True  # the losses since the last log are not part of a checkpoint
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)  # type: ignore[misc]
