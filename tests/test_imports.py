@@ -58,6 +58,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "evaluate": {"run", "architecture", "data", "delivery", "ticket", "ranks", "files", "messages"},
     "demo": {"evaluate", "data", "delivery", "packaged", "ticket"},
+    "study": {
+        *("demo", "train", "evaluate", "retention", "algebra", "delivery", "data", "selection", "ticket", "choices"),
+        *("files", "messages", "packaged", "ranks"),
+    },
 }
 # The front door re-exports the rooms; the command line joins them.
 UNRESTRICTED = {"__init__", "__main__", "cli"}

@@ -30,6 +30,7 @@ from lota.cli import (
     push,
     report,
     revert,
+    study,
     verify,
 )
 from lota.cli.needs import missing
@@ -39,7 +40,7 @@ from lota.messages import printable
 COMMANDS = (
     *(plan, config, inspect, apply, revert, verify, export),
     *(diff, extract, merge, overlap, change, mask),
-    *(push, report, demo),
+    *(push, report, demo, study),
 )
 
 

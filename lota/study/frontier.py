@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 # 97.5% points of Student's t by degrees of freedom, for 95% intervals of a mean.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -17,13 +18,15 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 @dataclass(frozen=True)
 class Point:
-    """new, rise: on test rows. new_dev, rise_dev: the same on dev rows. setting: what it comes from."""
+    """new, rise: on test rows. new_dev, rise_dev: the same on dev rows. setting: what it comes from. beside: what else
+    is known of it."""
 
     new: float
     rise: float
     new_dev: float
     rise_dev: float
     setting: str = ""
+    beside: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,15 @@ def front(points: Iterable[Point]) -> list[Point]:
     return kept
 
 
-def rise_at(points: Iterable[Point], level: float) -> float | None:
-    """What a method forgets where its new task's test loss is `level`; None where its curve does not reach so far."""
+def rise_at(points: Iterable[Point], level: float, beside: str | None = None) -> float | None:
+    """What a method forgets where its new task's test loss is `level`, or another figure there; None where its curve
+    does not reach so far."""
     curve = sorted(front(points), key=lambda p: p.new)
-    for left, right in zip(curve, curve[1:]):
+    for left, right in pairwise(curve):
         if left.new <= level <= right.new:
             share = (level - left.new) / (right.new - left.new) if right.new > left.new else 0.0
-            return left.rise + share * (right.rise - left.rise)
+            ends = [point.rise if beside is None else point.beside.get(beside, 0.0) for point in (left, right)]
+            return ends[0] + share * (ends[1] - ends[0])
     return None
 
 
@@ -90,7 +95,7 @@ def best_settings(points: Sequence[Point], wanted: Sequence[float], most: int) -
     votes: dict[str, float] = {}
     curve = front(points)
     for level in wanted:
-        for left, right in zip(curve, curve[1:]):
+        for left, right in pairwise(curve):
             if left.new_dev <= level <= right.new_dev:
                 nearer = right if right.setting and level - left.new_dev > right.new_dev - level else left
                 for point in (left, right):

@@ -14,8 +14,13 @@ from typing import Any
 
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lota.data.dataset import read_jsonl
+from lota.data.tokenizer import encode, load_tokenizer
+from lota.evaluate.answer_loss import collate
 from lota.files import write_text
+from lota.retention import FILE_NAME, Importance
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,6 @@ def work(job: Job) -> dict[str, Any]:
 
 
 def _base(job: Job) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
-    from lota.data.dataset import read_jsonl
     from lota.study.pretrain import BaseConfig, pretrain
 
     (job.folder / "run").mkdir(exist_ok=True)
@@ -79,18 +81,42 @@ def _calibrate(job: Job) -> dict[str, Any]:
     cuts = options.pop("cuts")
     facts = _lota(job, main_mask, options | {"density": max(cuts), "keep_ranking": True})
     for density in cuts:
-        cut(job.folder / "run" / "ranking", density).save(job.folder / "run" / f"mask-{density:g}", {"made by": "study"})
+        cut(job.folder / "run" / "ranking", density).save(
+            job.folder / "run" / f"mask-{density:g}", {"made by": "study"}
+        )
     return facts
 
 
+def _importance(job: Job) -> dict[str, Any]:
+    options = job.options
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(options["model"]), load_tokenizer(options["model"])
+    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    size = options["micro_rows"]
+    rows = read_jsonl(options["texts"])[: options["micro_batches"] * size]
+    encoded = [encode(tokenizer, {"prompt": "", "completion": row["text"]}) for row in rows]
+    encoded = [(ids[: model.config.max_position_embeddings], num_prompt) for ids, num_prompt in encoded]
+    parts = (collate(encoded[first : first + size], tokenizer.pad_token_id) for first in range(0, len(encoded), size))
+    batches = ({"input_ids": ids.to(model.device), "labels": labels.to(model.device)} for ids, labels in parts)
+    (job.folder / "run").mkdir()
+    return {"bytes": Importance.collect(model, batches).save(job.folder / "run" / FILE_NAME)}
+
+
 def _merge(job: Job) -> dict[str, Any]:
-    from lota.algebra import Merge, merge
+    """of: runs' folders, whose models become tickets where they are none. base: what all were trained from."""
+    from lota.algebra import Merge, ModelTensors, extract, merge
     from lota.ticket import Ticket
 
     options = dict(job.options)
-    tickets = [Ticket.load(path) for path in options.pop("tickets")]
     (job.folder / "run").mkdir()
-    return dict(merge(tickets, job.folder / "run" / "ticket", Merge(**options)))
+    paths = []
+    base = ModelTensors(options.pop("base"))
+    for number, folder in enumerate(map(Path, options.pop("of"))):
+        path = folder / "ticket"
+        if not path.is_dir():
+            path = job.folder / "run" / f"ticket-{number}"
+            extract(base, ModelTensors(folder / "merged"), path, dtype=torch.float32)
+        paths.append(path)
+    return dict(merge([Ticket.load(path) for path in paths], job.folder / "run" / "ticket", Merge(**options)))
 
 
 def _score(job: Job) -> dict[str, Any]:
@@ -101,6 +127,7 @@ _KINDS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "base": _base,
     "train": _train,
     "calibrate": _calibrate,
+    "importance": _importance,
     "merge": _merge,
     "score": _score,
 }
@@ -109,7 +136,9 @@ _KINDS: dict[str, Callable[[Job], dict[str, Any]]] = {
 def _lota(job: Job, main: Callable[[list[str]], None], options: dict[str, Any]) -> dict[str, Any]:
     """`lota train --config FILE`, in this process; what its summary says."""
     path = job.folder / "config.yaml"
-    path.write_text(yaml.safe_dump(options | {"output_dir": str(job.folder / "run")}, sort_keys=False), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(options | {"output_dir": str(job.folder / "run")}, sort_keys=False), encoding="utf-8"
+    )
     words = ["--config", str(path)]
     before, sys.argv = sys.argv, ["lota train", *words]
     try:
@@ -144,6 +173,7 @@ def _measured(job: Job) -> dict[str, Any]:
 
     asked = job.measure
     assert asked is not None
+    importance = asked.get("importance")
     found = measure(
         start=Path(asked["start"]),
         outcome=None if job.kind in ("base", "score") else job.folder / "run",
@@ -152,6 +182,7 @@ def _measured(job: Job) -> dict[str, Any]:
         alphas=asked["alphas"],
         starts=job.starts,
         generate=[Path(task) for task in asked["generate"]],
+        importance=None if importance is None else Importance.load(importance),
     )
     return {"points": found.points, "movement": found.movement}
 
@@ -162,7 +193,7 @@ def _tidy(job: Job) -> None:
     if job.keeps or job.kind == "base":
         (job.folder / "kept").touch()
         return
-    for pattern in ("ticket", "merged", "adapter", "mask*", "ranking", "checkpoint-*", "calibration"):
+    for pattern in ("ticket*", "merged", "retained", "adapter", "mask*", "ranking", "checkpoint-*", "calibration"):
         for path in run.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 

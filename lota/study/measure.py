@@ -23,6 +23,7 @@ from lota.delivery.live import flatten
 from lota.evaluate.answer_loss import IGNORED, AnswerScore, collate, score_answers
 from lota.evaluate.generate import Decoding, write_answers
 from lota.files import write_text
+from lota.retention import Importance
 from lota.study import safety
 from lota.ticket import Ticket
 
@@ -31,7 +32,7 @@ Row = dict[str, Any]
 
 
 class Dial:
-    """A model between start (0) and outcome (1). Entries that moved are known by position; both ends have exact bits."""
+    """A model between start (0) and outcome (1): entries that moved, by position; both ends have exact bits."""
 
     def __init__(self, model: torch.nn.Module, outcome: Path) -> None:
         """outcome: a run's folder, with ticket/ or merged/."""
@@ -50,7 +51,7 @@ class Dial:
             values = after if alpha == 1 else before + alpha * (after - before)
             flatten(self._parameters[name])[at] = values if alpha else before
 
-    def movement(self, importance: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+    def movement(self, importance: Importance | None = None) -> dict[str, float]:
         """Of the whole way: entries that changed, the norm of the difference, the same over the norm of the weights;
         with importance the sum of f d^2, f of mean 1 over all entries that have one."""
         self.to(0)
@@ -63,9 +64,9 @@ class Dial:
         }
         if importance is not None:
             found["fd2"] = math.fsum(
-                float((importance[name].reshape(-1)[at].double() * (after - before).double().square()).sum())
+                float((importance.at(name, at).double() * (after - before).cpu().double().square()).sum())
                 for name, at, before, after in self._moved
-                if name in importance
+                if name in importance.shapes
             )
         return found
 
@@ -87,7 +88,7 @@ def measure(
     alphas: Sequence[float],
     starts: Path,
     generate: Sequence[Path] = (),
-    importance: Mapping[str, Tensor] | None = None,
+    importance: Importance | None = None,
     batch_rows: int = 64,
 ) -> Measured:
     """Score the points of `alphas`; without an outcome the start itself. tasks: folders with dev.jsonl and test.jsonl;

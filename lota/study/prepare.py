@@ -84,7 +84,9 @@ class World:
     def rows(self, task: str, part: str) -> Iterator[Row]:
         """Without those that another part has."""
         config = self._config
-        seen = {row["prompt"] for row in self._world.rows(task, "train", 2 * config.num_train)} if part == "test" else ()
+        seen = (
+            {row["prompt"] for row in self._world.rows(task, "train", 2 * config.num_train)} if part == "test" else ()
+        )
         count = 2 * config.num_train if part == "train" else 4 * (config.num_dev + config.num_test)
         return (row for row in self._world.rows(task, part, count) if row["prompt"] not in seen)
 

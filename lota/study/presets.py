@@ -88,7 +88,6 @@ SMOKE = replace(
     pulls=(3.0, 30.0),
     densities=(0.5, 0.1),
     rates={name: rates[1:] for name, rates in RATES.items()},
-    questions=("q2",),
 )
 GPU = replace(
     CPU,

@@ -64,17 +64,21 @@ class BaseConfig:
         )
 
 
-def pretrain(config: BaseConfig, tokenizer: Any, texts: Iterable[str], folder: Path, say: Callable[[str], None]) -> float:
+def pretrain(
+    config: BaseConfig, tokenizer: Any, texts: Iterable[str], folder: Path, say: Callable[[str], None]
+) -> float:
     """Write the base to `folder`/model; the mean loss of its last steps. Sequences are packed, every token counts.
 
     What is saved on the way stays in `folder` until the base is complete.
     """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = device or torch.device("cpu")
     sequences = packed(tokenizer, texts, config.max_length)
     model = config.model(len(tokenizer)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     first = _load(folder / "partial.safetensors", model, optimizer)
-    say(f"base: {model.num_parameters() / 1e6:.2f}M parameters, {len(sequences)} sequences, steps {first} to {config.steps}")
+    size = f"{model.num_parameters() / 1e6:.2f}M parameters, {len(sequences)} sequences"
+    say(f"base: {size}, steps {first} to {config.steps}")
     losses: list[Tensor] = []
     started = time.monotonic()
     for step in range(first, config.steps):
@@ -128,10 +132,14 @@ def _chosen(count: int, step: int, config: BaseConfig) -> np.ndarray:
 
 def _save(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Weights and moments, by one rename."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
-        tensors |= {name: parameter.detach(), f"exp_avg {name}": state["exp_avg"], f"exp_avg_sq {name}": state["exp_avg_sq"]}
+        tensors |= {
+            name: parameter.detach(),
+            f"exp_avg {name}": state["exp_avg"],
+            f"exp_avg_sq {name}": state["exp_avg_sq"],
+        }
     temporary = path.with_name(f".{path.name}.partial")
     save_file(tensors, temporary, metadata={"step": json.dumps(step)})
     temporary.replace(path)

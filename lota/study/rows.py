@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from lota.files import write_text
 from lota.study.runs import Plan
 
 Rows = list[dict[str, Any]]
+_JUDGED = ("refused", "answered")
+_PARTS = ("dev", "test", "test rise")
 
 
 def rows_of(plan: Plan) -> Rows:
@@ -29,13 +31,18 @@ def rows_of(plan: Plan) -> Rows:
                 | {"alpha": point["alpha"], "kl": point["kl"], "new_task": names[0], "old_task": names[-1]}
                 | _named(point, names[0], "new") | _named(point, names[-1], "old")
                 | {"general": point["general test"], "general_rise": point["general test rise"]}
-                | {f"{name}_test": point[f"{name} test"] for name in names[1:-1]}
-                | {name.replace(" ", "_"): value for name, value in point.items() if name.endswith(("refused", "answered"))}
+                | {f"{n}_{part.replace(' ', '_')}": point[f"{n} {part}"] for n in _several(names) for part in _PARTS}
+                | {name.replace(" ", "_"): value for name, value in point.items() if name.endswith(_JUDGED)}
                 | result["movement"]
                 | {"num_trained": result["facts"].get("num_trained"), "run_seconds": result["seconds"]["run"]}
                 | {"measure_seconds": result["seconds"]["measure"]}
             )  # fmt: skip
     return rows
+
+
+def _several(names: Sequence[str]) -> Sequence[str]:
+    """Tasks that get columns of their own: of a sequence, or a merge."""
+    return names if len(names) > 2 else ()
 
 
 def _named(point: Mapping[str, float], task: str, role: str) -> dict[str, float]:
@@ -50,15 +57,17 @@ def _named(point: Mapping[str, float], task: str, role: str) -> dict[str, float]
     }
 
 
-def write(rows: Rows, path: Path) -> None:
-    """As CSV, figures with 6 digits; the file is left alone where nothing changed."""
+def write(rows: Rows, path: Path) -> bool:
+    """As CSV, figures with 6 digits; False, and nothing is written, where the file has them already."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()} for row in rows)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text.getvalue():
-        write_text(path, text.getvalue())
+    if path.is_file() and path.read_text(encoding="utf-8") == text.getvalue():
+        return False
+    write_text(path, text.getvalue())
+    return True
 
 
 def read(path: Path) -> Rows:

@@ -1,8 +1,8 @@
 """What a study consists of: runs with their options, named by content, so that what is done is found again.
 
-A run's options may name what other runs made and the study's data: `run:NAME/ticket`, `data:TASK/train.jsonl`. Its key is
-a digest of the options with those names replaced by the other run's key and the file's digest: the same options on the
-same base and data have the same key, whatever the run is called.
+A run's options may name what other runs made and the study's data: `run:NAME//ticket`, `data:TASK/train.jsonl`. Its key
+is a digest of the options with those names replaced by the other run's key and the file's digest: the same options on
+the same base and data have the same key, whatever the run is called.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-KINDS = ("base", "train", "calibrate", "merge", "sequence", "score")
 
 
 @dataclass(frozen=True)
@@ -31,13 +29,15 @@ class Measure:
 
 @dataclass(frozen=True)
 class Run:
-    """One run. facts: columns of its rows in the table, which are no part of the key."""
+    """One run. facts: columns of its rows in the table, which are no part of the key. keeps: what it makes stays on the
+    disk, whether another run asks for it or not."""
 
     name: str
     kind: str
     options: Mapping[str, Any]
     measure: Measure | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    keeps: bool = False
 
     def needs(self) -> set[str]:
         """Names of the runs that must be there first."""
@@ -76,14 +76,14 @@ class Plan:
         """Options with paths in place of names."""
         return _mapped(value, self._path)
 
-    def is_needed(self, name: str) -> bool:
-        """Whether another run asks for what this one makes, which then stays on the disk."""
-        return name in self._needed
+    def keeps(self, name: str) -> bool:
+        """Whether what it makes stays on the disk, for other runs."""
+        return name in self._needed or self.runs[name].keeps
 
     def is_done(self, name: str) -> bool:
         """Whether its result is there, and what it is to keep."""
         folder = self.folder(name)
-        return (folder / "result.json").is_file() and (not self.is_needed(name) or (folder / "kept").is_file())
+        return (folder / "result.json").is_file() and (not self.keeps(name) or (folder / "kept").is_file())
 
     def _path(self, text: str) -> str:
         if text.startswith("run:"):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lota.files import only_writer
+from lota.files import only_writer, write_text
+from lota.messages import did_you_mean
 from lota.study import rows as table
+from lota.study import tables
+from lota.study.figures import draw
 from lota.study.jobs import Job
+from lota.study.methods import base_run
 from lota.study.prepare import prepare
 from lota.study.presets import Preset
-from lota.study.questions import QUESTIONS, base_run
+from lota.study.questions import QUESTIONS
 from lota.study.rows import Rows
 from lota.study.runs import Plan, Run
 from lota.study.workers import Workers
@@ -36,13 +41,79 @@ def study(preset: Preset, place: Place) -> Rows:
         rows: Rows = []
         while True:
             plan = planned(preset, place.out, rows)
-            execute(plan, place)
+            num_done = execute(plan, place)
             found = table.rows_of(plan)
-            if found == rows:
-                break
+            if num_done == 0 and found == rows:
+                return rows
             rows = found
-            table.write(rows, place.out / "runs.csv")
-    return rows
+            report(preset, rows, place.out)
+
+
+def report(preset: Preset, rows: Rows, out: Path) -> None:
+    """runs.csv, and tables and figures made from it."""
+    if table.write(rows, out / "runs.csv"):
+        rows = table.read(out / "runs.csv")
+        write_text(out / "tables.md", tables.page(preset, rows))
+        draw(preset, rows, out / "figures")
+
+
+def recompute(preset: Preset, place: Place, row: str) -> bool:
+    """Do the run of one row of runs.csv again, elsewhere; whether both losses agree within the row's 95% intervals."""
+    path = place.out / "runs.csv"
+    rows = table.read(path) if path.is_file() else []
+    known = next((found for found in rows if found["row"] == row), None)
+    if known is None:
+        near = did_you_mean(row, [str(found["row"]) for found in rows])
+        raise ValueError(f"{path} has no row {row!r}{near}")
+    name, _, alpha = row.rpartition("@")
+    folder = place.out / "recomputed"
+    shutil.rmtree(folder, ignore_errors=True)
+    plan = planned(preset, place.out, rows)
+    workers = Workers(1)
+    try:
+        workers.start(job_of(plan, name, place, folder))
+        (_, result), *_ = list(workers.finished())
+    finally:
+        workers.close()
+    point = next(point for point in result["points"] if point["alpha"] == float(alpha))
+    agrees = True
+    for role in ("new", "old"):
+        before, now = known[f"{role}_test"], point[f"{known[f'{role}_task']} test"]
+        half = 1.96 * known[f"{role}_test_stderr"]
+        agrees &= abs(now - before) <= half
+        say(f"{row}: {known[f'{role}_task']} {before:.4f} ± {half:.4f} in the table, {now:.4f} now")
+    say("agrees" if agrees else "differs by more than its interval")
+    return agrees
+
+
+def show_plan(preset: Preset, place: Place) -> None:
+    """Print the runs of the first round, whether they are done, and what is left in core-minutes."""
+    plan = planned(preset, place.out, [])
+    seconds = {name: estimate(preset, run) for name, run in plan.runs.items()}
+    for name, run in plan.runs.items():
+        print(f"{run.kind:<11}{seconds[name] / 60:6.1f} min  {name}")
+    repeats = len(preset.seeds) - 1
+    print(
+        f"{len(plan.runs)} runs, about {sum(seconds.values()) / 60:.0f} core-minutes at {SPEED / 1e9:g} GFLOP/s; "
+        f"the settings on every frontier are then repeated at {repeats} more seeds, and question 4 begins"
+    )
+
+
+SPEED = 80e9
+"""Floating-point operations a second that one core of today does in a small model's training."""
+
+
+def estimate(preset: Preset, run: Run) -> float:
+    """Seconds on one core: six operations a weight and token, and a third of that to score."""
+    size, length = preset.base.num_parameters, preset.data.max_length
+    if run.kind == "base":
+        tokens = preset.base.steps * preset.base.batch_rows * preset.base.max_length
+        return 6 * size * tokens / SPEED
+    steps = run.options.get("max_steps", 0) + run.options.get("calibration_steps", 0)
+    tokens = 0.5 * length * steps * preset.batch_rows
+    points = 0 if run.measure is None else len(run.measure.alphas) * len(run.measure.tasks)
+    tokens += 0.5 * length * points * (preset.data.num_dev + preset.data.num_test) / 3
+    return 6 * size * tokens / SPEED + 3
 
 
 def planned(preset: Preset, out: Path, rows: Rows) -> Plan:
@@ -57,12 +128,12 @@ def planned(preset: Preset, out: Path, rows: Rows) -> Plan:
     return Plan(out, runs)
 
 
-def execute(plan: Plan, place: Place) -> None:
-    """Do what is not done, each run after those that it needs."""
+def execute(plan: Plan, place: Place) -> int:
+    """Do what is not done, each run after those that it needs; how many that was."""
     todo = {plan.key(name): name for name in plan.runs if not plan.is_done(name)}  # each content once
     left = list(todo.values())
     if not left:
-        return
+        return 0
     say(f"{len(plan.runs)} runs, {len(left)} of them to do")
     workers, started, num_done = Workers(place.workers), time.monotonic(), 0
     running: set[str] = set()
@@ -83,6 +154,7 @@ def execute(plan: Plan, place: Place) -> None:
                 say(f"{num_done} done, {len(left) + len(running)} left, {minutes:.1f} min: {summary(job.name, result)}")
     finally:
         workers.close()
+    return num_done
 
 
 def job_of(plan: Plan, name: str, place: Place, folder: Path | None = None) -> Job:
@@ -99,12 +171,12 @@ def job_of(plan: Plan, name: str, place: Place, folder: Path | None = None) -> J
         folder=folder or plan.folder(name),
         data=place.out / "data",
         starts=starts,
-        keeps=plan.is_needed(name) and folder is None,
+        keeps=plan.keeps(name) and folder is None,
         threads=place.workers if run.kind == "base" else 1,
     )
 
 
-def summary(name: str, result: dict) -> str:  # type: ignore[type-arg]
+def summary(name: str, result: dict[str, Any]) -> str:
     """One line about a run that is done."""
     text = f"{name}, {result['seconds']['run']:.0f} s"
     if result.get("points"):
@@ -116,7 +188,3 @@ def summary(name: str, result: dict) -> str:  # type: ignore[type-arg]
 
 def say(text: str) -> None:
     print(f"[study] {text}", flush=True)
-
-
-def load(out: Path, name: str) -> dict:  # type: ignore[type-arg]
-    return dict(json.loads((out / name).read_text(encoding="utf-8")))

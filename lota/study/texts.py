@@ -26,9 +26,7 @@ class TextTask:
 
 
 KNOWN = {
-    "math": TextTask(
-        "gsm8k_train.jsonl", "gsm8k_test.jsonl", "Question: {question}\nAnswer:", " {answer}"
-    ),
+    "math": TextTask("gsm8k_train.jsonl", "gsm8k_test.jsonl", "Question: {question}\nAnswer:", " {answer}"),
     "sql": TextTask("sql_train.jsonl", "sql_test.jsonl", "{context}\nQuestion: {question}\nSQL:", " {answer}"),
     "reasoning": TextTask("commonsense_train.jsonl", "commonsense_test.jsonl", "{instruction}\n", "{output}"),
     "summary": TextTask("summary_train.jsonl", "summary_test.jsonl", "{dialogue}\nSummary:", " {summary}"),
@@ -40,8 +38,8 @@ class Texts:
     """The tasks of a folder that holds files of KNOWN, or of a YAML file: `name: {train, test, prompt, completion}`,
     with paths relative to it.
 
-    Half of a task's training rows, at most, are there to be learned; the texts of the others are for pretraining. ValueError
-    where nothing is found.
+    Half of a task's training rows, at most, are there to be learned; the texts of the others are for pretraining.
+    ValueError where nothing is found.
     """
 
     def __init__(self, data: Path, seed: int = 0) -> None:

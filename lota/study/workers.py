@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -43,7 +44,8 @@ class Workers:
     def finished(self) -> Iterator[tuple[Job, dict[str, Any]]]:
         """Waits until a job ends; those that did, with their results. RuntimeError where one failed."""
         for pipe in wait(list(self._busy)):
-            worker = self._busy.pop(pipe)  # type: ignore[arg-type]
+            assert isinstance(pipe, Connection)
+            worker = self._busy.pop(pipe)
             assert worker.job is not None
             log = worker.job.folder / "log.txt"
             try:
@@ -85,8 +87,11 @@ def _serve(pipe: Connection) -> None:
     """Runs in the worker: one job after another, what each prints in its own file."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
+    warnings.simplefilter("ignore")
+    from lota.ranks.quiet import quiet_libraries
     from lota.study import jobs
 
+    quiet_libraries()
     num_frozen = 0
     while True:
         try:
@@ -95,9 +100,11 @@ def _serve(pipe: Connection) -> None:
             return
         job.folder.mkdir(parents=True, exist_ok=True)
         with open(job.folder / "log.txt", "w", encoding="utf-8") as log:
-            sys.stdout.flush(), sys.stderr.flush()
+            sys.stdout.flush()
+            sys.stderr.flush()
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+        answer: tuple[bool, Any]
         try:
             answer = True, jobs.work(job)
         except (Exception, SystemExit) as error:  # noqa: BLE001 (told to the parent, which ends the study)
