@@ -38,6 +38,7 @@ lota study paper --plan""",
     parser.add_argument("--data", type=Path, help="real text: a folder of .jsonl files, or a YAML file that names them")
     parser.add_argument("--questions", nargs="+", metavar="Q", help="some of q1 to q5 (all of the preset's)")
     parser.add_argument("--workers", type=int, help="runs side by side, one core each (the cores; 1 with a GPU)")
+    parser.add_argument("--minutes", type=float, help="stop after so long, with status 75; the same command resumes")
     parser.add_argument("--plan", action="store_true", help="print the runs and an estimate, and do nothing")
     parser.add_argument("--recompute", metavar="ROW", help="do the run of one row of runs.csv again, and compare")
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int | None:
     import torch
 
     from lota.study.presets import chosen
-    from lota.study.study import Place, recompute, show_plan, study
+    from lota.study.study import Place, TimeIsOver, recompute, show_plan, study
 
     if args.preset == "paper":
         from lota.study.paper import show
@@ -67,12 +68,16 @@ def run(args: argparse.Namespace) -> int | None:
     workers = args.workers or (1 if has_gpu else os.cpu_count() or 1)
     if workers < 1:
         raise ValueError(f"--workers must be at least 1, got {workers}")
-    place = Place(args.out or Path("runs") / f"study-{args.preset}", args.data, workers)
+    place = Place(args.out or Path("runs") / f"study-{args.preset}", args.data, workers, args.minutes)
     if args.plan:
         show_plan(preset, place)
     elif args.recompute:
         return 0 if recompute(preset, place, args.recompute) else 1
     else:
-        study(preset, place)
+        try:
+            study(preset, place)
+        except TimeIsOver as over:
+            print(f"the time is over: {over}")
+            return 75  # try again
         print(f"{place.out / 'runs.csv'}, tables.md and figures/ there")
     return None

@@ -15,10 +15,10 @@ MODEL = f"run:{BASE}//model"
 
 @dataclass(frozen=True)
 class Method:
-    """sweep: whose learning rates it takes, of which it tries all, or with `is_fast` all but the lowest. density: of a
-    ticket; 1 trains all eligible entries by the kernels of tickets. options: of `lota train`, beside rate, data, seed.
-    retain: which of the scene's importances it is pulled by; pulls: values of K. is_counted: the steps of its
-    calibration count as its own."""
+    """sweep: whose learning rates it takes; of three, with `is_fast`, the upper two. density: of a ticket; 1 trains all
+    eligible entries by the kernels of tickets. options: of `lota train`, beside rate, data, seed. retain: which of the
+    scene's importances it is pulled by; pulls: values of K. is_counted: the steps of its calibration count as its own.
+    """
 
     name: str
     sweep: str
@@ -33,7 +33,8 @@ class Method:
 
     def settings(self, preset: Preset) -> dict[str, tuple[float, float]]:
         """Rate and K by the name of the setting."""
-        rates = preset.rates[self.sweep][1 if self.is_fast else 0 :]
+        rates = preset.rates[self.sweep]
+        rates = rates[1:] if self.is_fast and len(rates) > 2 else rates
         return {f"{rate:g}" + (f" K{pull:g}" if pull else ""): (rate, pull) for rate in rates for pull in self.pulls}
 
 
@@ -94,7 +95,7 @@ def training(preset: Preset, start: str, task: str, rate: float, seed: int, step
 
 def own_ticket(preset: Preset, task: str, seed: int, name: str, measured: tuple[str, ...], **more: Any) -> Run:
     """A task's ticket at 10% on the base, with its importance and the merged model; one run, calibration included."""
-    rate = preset.rates["0.1"][1]
+    rate = preset.middle("0.1")
     options = training(preset, MODEL, task, rate, seed, preset.steps) | {
         "method": "lota",
         "density": 0.1,

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from lota.packaged import CONFIGS, find
-
 MODELS = {"llama31_8b": "meta-llama/Llama-3.1-8B", "mistral_7b": "mistralai/Mistral-7B-v0.1"}
 TASKS = ("gsm8k", "commonsense", "sql", "samsum", "ultrachat", "safety")
 PAIRS = (("gsm8k", "commonsense"), ("commonsense", "gsm8k"), ("safety", "gsm8k"))
 SEEDS = (0, 1, 2)
+FOLDER = "runs/paper/configs"
 FULL_RATES = (3e-7, 1e-6, 3e-6)
 LORA_RATES = (3e-5, 1e-4, 3e-4)
 TICKET_RATES = (3e-6, 1e-5, 3e-5)
@@ -20,7 +19,7 @@ TICKET_RATES = (3e-6, 1e-5, 3e-5)
 
 @dataclass(frozen=True)
 class Command:
-    """One `lota train` on 8 GPUs. config: a packaged configuration; options go before it."""
+    """One `lota train` on 8 GPUs. config: a packaged configuration, which FOLDER has a copy of; options win."""
 
     out: str
     config: str
@@ -29,7 +28,7 @@ class Command:
     @property
     def words(self) -> list[str]:
         """Of `lota train`."""
-        made = ["--config", self.config, "--output_dir", self.out]
+        made = ["--config", f"{FOLDER}/{self.config}.yaml", "--output_dir", self.out]
         for name, value in self.options.items():
             made += [f"--{name}", *(map(str, value) if isinstance(value, list) else [_text(value)])]
         return made
@@ -80,10 +79,11 @@ def _pair(model: str, old: str, new: str, seed: int) -> Iterator[Command]:
 
 
 def show() -> None:
-    """Print every command. ValueError where a configuration is not packaged."""
+    """Print every command, those that write the configurations first."""
+    print(f"mkdir -p {FOLDER}")
+    for config in dict.fromkeys(command.config for command in commands()):
+        print(f"lota config {config} --out {FOLDER}/{config}.yaml")
     for command in commands():
-        if find(CONFIGS, command.config, ".yaml") is None:
-            raise ValueError(f"no packaged configuration {command.config}")
         print(command)
 
 

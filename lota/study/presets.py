@@ -34,7 +34,8 @@ REAL = Tasks("sql", "math", ("sql", "math", "reasoning", "summary", "instruct"),
 @dataclass(frozen=True)
 class Preset:
     """rates: learning rates of every method's sweep, the same number for each. pulls: values of K. levels: shares of
-    what full fine-tuning gains on the new task, at which forgetting is compared; main_level: of the headline."""
+    what full fine-tuning gains on the new task, at which forgetting is compared; main_level: of the headline. methods:
+    of question 2, all of them where it is empty."""
 
     name: str
     base: BaseConfig
@@ -53,7 +54,12 @@ class Preset:
     main_level: float = 0.9
     rates: Rates = field(default_factory=lambda: RATES)
     bf16: bool = False
+    methods: tuple[str, ...] = ()
     questions: tuple[str, ...] = ("q2", "q1", "q3", "q4", "q5")
+
+    def middle(self, sweep: str) -> float:
+        """The middle one of a sweep's rates."""
+        return self.rates[sweep][(len(self.rates[sweep]) - 1) // 2]
 
 
 RATES: Rates = {
@@ -66,7 +72,7 @@ RATES: Rates = {
     "0.001": (3e-2, 1e-1, 3e-1),
 }
 
-CPU = Preset("cpu", BaseConfig(), DataConfig())
+CPU = Preset("cpu", BaseConfig(), DataConfig(max_length=64))
 TEXT = replace(
     CPU,
     base=BaseConfig(vocab_size=4096, max_length=192, batch_rows=11, steps=2500, learning_rate=1.5e-3),
@@ -75,19 +81,23 @@ TEXT = replace(
     steps=200,
     batch_rows=8,
     micro_rows=8,
+    alphas=(1.0, 0.7, 0.45),
 )
 SMOKE = replace(
     CPU,
     name="smoke",
     base=BaseConfig(vocab_size=640, hidden_size=64, num_layers=2, steps=60, save_every=25),
-    data=DataConfig(vocab_size=640, num_texts=3000, num_train=128, num_dev=16, num_test=24, num_general=24),
+    data=DataConfig(
+        vocab_size=640, max_length=64, num_texts=3000, num_train=128, num_dev=16, num_test=24, num_general=24
+    ),
     steps=8,
     calibration_steps=6,
-    seeds=(0, 1),
+    seeds=(0,),
     alphas=(1.0, 0.5),
     pulls=(3.0, 30.0),
     densities=(0.5, 0.1),
     rates={name: rates[1:] for name, rates in RATES.items()},
+    questions=("q2", "q5"),
 )
 GPU = replace(
     CPU,

@@ -97,6 +97,7 @@ def pretrain(
             say(f"base: step {step + 1}, loss {mean:.3f}, {time.monotonic() - started:.0f} s")
         if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
             _save(folder / "partial.safetensors", model, optimizer, step + 1)
+            say(f"base: step {step + 1} saved")
     shutil.rmtree(folder / "model", ignore_errors=True)
     save_atomically(model.cpu(), tokenizer, folder / "model")
     (folder / "partial.safetensors").unlink(missing_ok=True)

@@ -128,7 +128,8 @@ def q2(preset: Preset, rows: Rows) -> Iterator[Run]:
 
     for seed in preset.seeds:
         yield from before(seed)
-    yield from swept(preset, rows, q2_methods(preset), scene)
+    methods = [method for method in q2_methods(preset) if not preset.methods or method.name in preset.methods]
+    yield from swept(preset, rows, methods, scene)
 
 
 def q3(preset: Preset, rows: Rows) -> Iterator[Run]:
@@ -164,7 +165,12 @@ def q3(preset: Preset, rows: Rows) -> Iterator[Run]:
 def _rate(preset: Preset, method: str) -> float:
     """The middle one of a method's sweep; with the pull the upper one."""
     sweep = "lora" if "LoRA" in method else "0.1" if "ticket" in method else "full"
-    return preset.rates[sweep][-1 if "pull" in method else len(preset.rates[sweep]) // 2]
+    return preset.rates[sweep][-1] if "pull" in method else preset.middle(sweep)
+
+
+def _middle(preset: Preset, method: Method) -> list[str]:
+    """The setting of a method that has the middle rate, and one value of K at most."""
+    return [name for name, (rate, _) in method.settings(preset).items() if rate == preset.middle(method.sweep)]
 
 
 def q4(preset: Preset, rows: Rows) -> Iterator[Run]:
@@ -199,7 +205,7 @@ def q5(preset: Preset, rows: Rows) -> Iterator[Run]:
                 retained={"ticket": ticket}, importance=ticket,
             )  # fmt: skip
             for method in methods:
-                yield from runs_of(preset, scene, method, list(method.settings(preset))[1:2])
+                yield from runs_of(preset, scene, method, _middle(preset, method))
 
 
 QUESTIONS: Mapping[str, Callable[[Preset, Rows], Iterator[Run]]] = {"q1": q1, "q2": q2, "q3": q3, "q4": q4, "q5": q5}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,22 @@ from lota.study.workers import Workers
 
 @dataclass(frozen=True)
 class Place:
-    """Where a study is, and on how many processes it runs."""
+    """Where a study is, and on how many processes it runs. minutes: after which it stops, to be resumed."""
 
     out: Path
     data: Path | None
     workers: int
+    minutes: float | None = None
+    begun: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None without an end."""
+        return None if self.minutes is None else max(0.0, 60 * self.minutes - (time.monotonic() - self.begun))
+
+
+class TimeIsOver(Exception):
+    """The minutes of a study are over; what is not done is left for the next call."""
 
 
 def study(preset: Preset, place: Place) -> Rows:
@@ -147,7 +158,9 @@ def execute(plan: Plan, place: Place) -> int:
                 running.add(name)
                 workers.start(job_of(plan, name, place))
             assert running, f"{left[0]} waits for something that nobody makes"
-            for job, result in workers.finished():
+            if place.seconds_left == 0.0:
+                raise TimeIsOver(f"{len(left) + len(running)} runs are left: the same command does them")
+            for job, result in workers.finished(place.seconds_left):
                 running.discard(job.name)
                 num_done += 1
                 minutes = (time.monotonic() - started) / 60

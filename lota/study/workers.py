@@ -41,9 +41,10 @@ class Workers:
         worker.pipe.send(job)
         self._busy[worker.pipe] = worker
 
-    def finished(self) -> Iterator[tuple[Job, dict[str, Any]]]:
-        """Waits until a job ends; those that did, with their results. RuntimeError where one failed."""
-        for pipe in wait(list(self._busy)):
+    def finished(self, seconds: float | None = None) -> Iterator[tuple[Job, dict[str, Any]]]:
+        """Waits until a job ends, or so many seconds; those that did, with their results. RuntimeError where one
+        failed."""
+        for pipe in wait(list(self._busy), seconds):
             assert isinstance(pipe, Connection)
             worker = self._busy.pop(pipe)
             assert worker.job is not None
