@@ -27,7 +27,7 @@ OWN: dict[str, dict[str, Any]] = {"reverse": {"density": 0.2, "score": "fisher"}
 
 
 def run(pool: Any, *argv: str) -> None:
-    pool.run(jobs.run_recipe, "train_sequence", list(argv))
+    pool.run(jobs.run_recipe, "train_sequence", list(argv), timeout=900)
 
 
 @pytest.fixture(scope="module")

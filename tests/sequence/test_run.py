@@ -32,7 +32,7 @@ def config(world: Path, path: Path, names: list[str], **changes: Any) -> str:
 
 
 def run(pool: Any, *argv: str) -> None:
-    pool.run(jobs.run_recipe, "train_sequence", list(argv))
+    pool.run(jobs.run_recipe, "train_sequence", list(argv), timeout=900)
 
 
 def errors(pool: Any, *argv: str) -> str:
