@@ -48,6 +48,20 @@ class LotaArguments(SourceArguments):
     pull: float | None = field(
         default=None, metadata={"help": f"How strongly, with retain ({choices.PULL:g}; try 3 and 30)."}
     )
+    kept: list[Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of what is to be kept, as [{name: sql, data: FILE, ...}], measured at points between the "
+            "values at the start and the trained ones."
+        },
+    )
+    alphas: list[float] | None = field(
+        default=None, metadata={"help": f"These points ({' '.join(f'{alpha:g}' for alpha in choices.ALPHAS)})."}
+    )
+    forget_budget: float | None = field(
+        default=None,
+        metadata={"help": "Deliver the largest at which no kept loss rises by more than this (nats per token)."},
+    )
     keep_importance: bool = field(
         default=False, metadata={"help": "Keep in the ticket what this task needs of all weights, for retain later on."}
     )
@@ -108,8 +122,14 @@ class LotaArguments(SourceArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.retain, str):
-            import yaml  # late, as in DataArguments
+        self.retain, self.kept = _listed(self.retain), _listed(self.kept)
 
-            given = yaml.safe_load(self.retain)
-            self.retain = given if isinstance(given, list) else [given]
+
+def _listed(given: list[Any] | str | None) -> list[Any] | None:
+    """YAML on the command line; one item is a list of one."""
+    if not isinstance(given, str):
+        return given
+    import yaml  # late, as in DataArguments
+
+    read = yaml.safe_load(given)
+    return read if isinstance(read, list) else [read]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -46,7 +47,8 @@ class Calibration:
 class Keeping:
     """What earlier tasks are kept by. tickets: on the base when the run begins. retain: paths of tickets (or importance
     files), or rows. pull: None for none. importance_batches: from how many micro-batches an importance is collected.
-    keep_importance: whether this run leaves its own."""
+    keep_importance: whether this run leaves its own. kept: by name, rows to measure at the points `alphas` between old
+    and new values, of which the largest within `forget_budget` (nats per token; None: 1) is delivered."""
 
     tickets: tuple[str, ...]
     overlap: bool
@@ -54,6 +56,9 @@ class Keeping:
     pull: float | None
     keep_importance: bool
     importance_batches: int
+    kept: Mapping[str, DataPlan]
+    alphas: tuple[float, ...]
+    forget_budget: float | None
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,7 @@ _CALIBRATION = (
 
 _SPARSE = ("shard_group_size", "gradient_reduction", "kernels", "rounding_seed", "ticket_dtype")
 
-_PULL = ("retain", "pull", "keep_importance", "importance_batches")
+_PULL = ("retain", "pull", "keep_importance", "importance_batches", "kept", "alphas", "forget_budget")
 
 _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
 
@@ -269,8 +274,35 @@ def _keeping(args: LotaArguments, unused: _Unused) -> Keeping:
         unused.drop("no importance is collected (neither keep_importance nor rows to retain)", ("importance_batches",))
     pull = None if args.pull is None else float(args.pull)
     return Keeping(
-        tuple(args.tickets or ()), args.overlap, retain, pull, args.keep_importance, args.importance_batches
+        tuple(args.tickets or ()),
+        args.overlap,
+        retain,
+        pull,
+        args.keep_importance,
+        args.importance_batches,
+        *_dial(args, unused),
     )
+
+
+def _dial(args: LotaArguments, unused: _Unused) -> tuple[dict[str, DataPlan], tuple[float, ...], float | None]:
+    """The rows that are measured, the points at which, and the budget."""
+    if not args.kept:
+        unused.drop("no rows to keep are given (kept)", ("alphas", "forget_budget"))
+        return {}, (), None
+    plans: dict[str, DataPlan] = {}
+    for number, item in enumerate(args.kept):
+        if not isinstance(item, dict):
+            raise ValueError(f"kept takes rows as {{name: NAME, data: FILE, ...}}, got {item!r:.120}")
+        entry = dict(item)
+        name = str(entry.pop("name", f"kept{number + 1}"))
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in plans or name == "eval":
+            raise ValueError(f"kept: every entry needs a name of its own, of letters and digits, got {name!r}")
+        plans[name] = _rows("kept", entry)
+    alphas = tuple(sorted({choices.check_alpha(alpha) for alpha in args.alphas or choices.ALPHAS}))
+    budget = args.forget_budget
+    if budget is not None and not 0 <= budget < math.inf:
+        raise ValueError(f"forget_budget must be 0 or above, in nats per token, got {budget}")
+    return plans, alphas, budget
 
 
 def _retained(item: Any) -> str | DataPlan:
@@ -280,13 +312,17 @@ def _retained(item: Any) -> str | DataPlan:
         return item
     if not isinstance(item, dict):
         raise ValueError(f"retain takes tickets, or rows as {{train_file: FILE, ...}}, got {item!r:.120}")
-    entry = dict(item)
+    return _rows("retain", dict(item))
+
+
+def _rows(option: str, entry: dict[str, Any]) -> DataPlan:
+    """Rows named by the options of a data set; `data` is short for `train_file`."""
     if "data" in entry:
         entry["train_file"] = entry.pop("data")
     known = [option.name for option in fields(DataArguments) if not option.name.startswith("eval")]
     for name in entry:
         if name not in known:
-            raise ValueError(f"retain: unknown option {name!r}" + did_you_mean(str(name), known))
+            raise ValueError(f"{option}: unknown option {name!r}" + did_you_mean(str(name), known))
     return plan_data(DataArguments(**entry))
 
 

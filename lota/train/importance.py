@@ -39,7 +39,7 @@ def retained(
         if not from_rank_0(path.is_file):
             with checked_together():
                 sets = dataset.load(item, config.seed, options.is_preference)
-                _check_rows(options, config, item, sets)
+                check_rows(options, config, item, sets)
             check_same("rows to retain", dataset.identity(sets))
             made = _collect(options, config, sets.train, folder, (), seconds, {"data": item.describe()})
             _write(made, path)
@@ -122,7 +122,8 @@ def _write(importance: Importance, path: Path) -> int:
     return from_rank_0(lambda: (path / "importance.safetensors" if path.is_dir() else path).stat().st_size)
 
 
-def _check_rows(options: RunOptions, config: Config, plan: DataPlan, sets: Sets) -> None:
+def check_rows(options: RunOptions, config: Config, plan: DataPlan, sets: Sets) -> None:
+    """ValueError for rows beside the run's own that could not be trained on. Every rank."""
     no_evaluation: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     checks.check(
         sets,

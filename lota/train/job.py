@@ -31,6 +31,7 @@ from lota.run.resolve import RunOptions, resolve
 from lota.ticket import Mask, Ticket
 from lota.train import lora, whole_model
 from lota.train.calibrate import calibrate, mask_facts
+from lota.train.dial import kept_rows, turn
 from lota.train.importance import leave_importance, pull_line, retained
 from lota.train.phase import Phase, timed, training_dtype
 from lota.train.print_plan import print_plan
@@ -177,6 +178,7 @@ def train(job: Job) -> Trained:
     options = job.options
     mask, job.mask = job.mask, None
     retain = retained(job.options, job.config, job.folder, job.seconds)
+    kept = kept_rows(options, job.config)
     changes, notes = ds_config.for_sparse_training(job.config)
     for note in notes:
         print_once(note)
@@ -195,10 +197,13 @@ def train(job: Job) -> Trained:
         ) as run,
     ):
         del mask  # once the engine is built, only rank 0 keeps its indices
-        phase = Phase("train", options, job.config, job.sets, job.folder, **changes)
+        phase = Phase("train", options, job.config, job.sets, job.folder, kept=kept, **changes)
         if run.retained is not None:
             run.retained.num_steps = lambda: phase.trainer.num_training_steps
         facts = phase.run()
+    if kept:
+        with timed(job.seconds, "dial"):
+            facts |= turn(options, phase, run, job.sets)
     report = run.report()
     if "pull" in report:
         print_once(pull_line(report["pull"]))
@@ -230,6 +235,7 @@ def deliver_ticket(job: Job, trained: Trained) -> None:
                 "learning_rate": job.config.learning_rate,
                 **({"tickets": list(options.keeping.tickets)} if options.keeping.tickets else {}),
                 **({"pull": report["pull"]["asked"]} if "pull" in report else {}),
+                **({"alpha": facts["dial"]["alpha"]} if "dial" in facts else {}),
                 "versions": versions(),
             },
             dtype=torch.float32 if options.ticket_dtype == "float32" else None,

@@ -53,10 +53,11 @@ class Phase:
         folder: RunFolder,
         *,
         tickets: Sequence[str | Path] = (),
+        kept: Mapping[str, Dataset] | None = None,
         **changes: Any,
     ) -> None:
-        """tickets: on the model beside those of the run. changes: values of TrainingArguments for this phase only.
-        Arguments are made afresh for each phase, because DeepSpeed's "auto" values are filled into them."""
+        """tickets: on the model beside those of the run. kept: more rows, by name, for `loss_on`. changes: values of
+        TrainingArguments for this phase only. Arguments are made afresh for each phase, because DeepSpeed's "auto" values are filled into them."""
         train, evaluation = data
         self.name = name
         where = folder.checkpoints_of(name)
@@ -87,10 +88,14 @@ class Phase:
             **({"ref_model": load_model(options, config)} if needs_reference(options, config) else {}),
             args=self.config,
             train_dataset=train,
-            eval_dataset=evaluation,
+            eval_dataset=evaluation if not kept else dict(kept) | ({"eval": evaluation} if evaluation else {}),
             processing_class=load_tokenizer(options.model, options.revision, options.trust_remote_code),
             peft_config=None if options.adapter is None else lora.peft_config(options.adapter),
         )
+        self._kept: dict[str, Dataset] = {}
+        if kept:
+            self._kept = dict(self.trainer.eval_dataset)
+            self.trainer.eval_dataset = self._kept.pop("eval", None)
         check_positions(model.config, self.prepared, self.config)
         self.trainer.saved_step = None if self._checkpoint is None else step_of(self._checkpoint)
         self.trainer.has_checkpoints = name != "importance"
@@ -113,6 +118,17 @@ class Phase:
     def prepared(self) -> Dataset:
         """The training set as TRL tokenized it, which the next phase can take as it is."""
         return self.trainer.train_dataset
+
+    def loss_on(self, name: str | None) -> float:
+        """The model's loss now on the evaluation rows (None), or on kept rows. Collective."""
+        evaluation = self.trainer.eval_dataset
+        prefix = "dial" if name is None else f"dial_{name}"
+        # By a name: TRL would tokenize, and pack, rows once more that are handed over as they are.
+        self.trainer.eval_dataset = {"rows": evaluation if name is None else self._kept[name]}
+        try:
+            return float(self.trainer.evaluate("rows", metric_key_prefix=prefix)[f"{prefix}_loss"])
+        finally:
+            self.trainer.eval_dataset = evaluation
 
     @property
     def num_micro_steps(self) -> int:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from lota import plan
+from lota import choices, plan
 from lota.choices import MAX_SKIPPED_STEPS, check_rounding_seed
 from lota.kernels import backend_name
 from lota.messages import did_you_mean
@@ -35,7 +35,7 @@ from lota.zero.compact.update import choose_update
 from lota.zero.deepspeed import weights
 from lota.zero.deepspeed.optimizer import SparseOptimizer
 from lota.zero.deepspeed.settings import communication_dtype, gather_limits
-from lota.zero.exchange import base_in_place, ticket_in_place
+from lota.zero.exchange import base_in_place, fraction_in_place, settle, ticket_in_place
 from lota.zero.fingerprints import differing, dtype_name, frozen_identity, replicas_agree, without_tickets
 from lota.zero.freeze import Freeze
 from lota.zero.new_tensors import class_name, model_facts, new_tensors, refuse_new
@@ -304,6 +304,24 @@ class SparseRun(BlockRun):
         training = self._training
         with self._exchanged(), base_in_place(training, self.engine.optimizer):
             yield self.engine.module
+
+    @contextmanager
+    def at(self, alpha: float) -> Iterator[Any]:
+        """A point between the values at the start and the trained ones, for the length of a `with`: alpha 0 is the
+        start, 1 the trained model. Collective; no step may be taken inside."""
+        choices.check_alpha(alpha)
+        training = self._training
+        with self._exchanged(), fraction_in_place(training, self.engine.optimizer, alpha):
+            yield self.engine.module
+
+    def settle(self, alpha: float) -> None:
+        """Make a point between the values at the start and the trained ones the outcome of the run: the ticket that is
+        saved holds it. Collective."""
+        choices.check_alpha(alpha)
+        if self.is_exchanged:
+            raise ValueError("settle inside run.base(), run.applied() or run.at(): leave it first")
+        if alpha != 1:
+            settle(self._training, self.engine.optimizer, alpha)
 
     @contextmanager
     def applied(self, ticket: Ticket) -> Iterator[Any]:

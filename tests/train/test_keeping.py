@@ -91,6 +91,37 @@ def test_each_is_applied_and_taken_out_without_the_other(tasks: dict[str, Path],
     assert all(torch.equal(tensor, base[key]) for key, tensor in load_checkpoint(tmp_path / "back").items())
 
 
+def test_the_dial_delivers_a_point_within_the_budget(ranks: Any, tasks: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    kept = json.dumps([{"name": "a", "data": str(tasks["general"])}])
+    options = ("--mask", str(tasks["a"] / "ticket"), "--kept", kept, "--eval_file", str(tasks["rows"]))
+    argv = _argv(tasks["base"], str(tasks["rows"]), run, *options, "--alphas", "0.25", "0.5", "1")
+    for name in ("--score", "--calibration_steps", "--density", "--importance_batches"):
+        place = argv.index(name)
+        del argv[place : place + 2]
+    ranks(2).run(jobs.run_recipe, "train_lota", argv)
+    training = _summary(run)["training"]
+    points = training["dial"]["points"]
+    assert [point["alpha"] for point in points] == [0, 0.25, 0.5, 1] and training["dial"]["alpha"] == 1
+    # bf16 weights at alpha 1 are those that were trained, and at 0 the base's
+    assert points[-1]["eval_loss"] == training["eval_loss"]
+    assert points[0]["eval_loss"] == training["eval_loss_before"]
+    rises = [point["kept"]["a"] - points[0]["kept"]["a"] for point in points]
+    budget = sorted(rises)[-2] + 1e-9 if max(rises) > 0 else 0.0
+    wanted = max(p["alpha"] for p, rise in zip(points, rises, strict=True) if rise <= budget)
+    again = tmp_path / "again"
+    argv[argv.index("--output_dir") + 1] = str(again)
+    ranks(2).run(jobs.run_recipe, "train_lota", [*argv, "--forget_budget", str(budget)])
+    assert _summary(again)["training"]["dial"]["alpha"] == wanted
+    whole, part = Ticket.load(run / "ticket"), Ticket.load(again / "ticket")
+    assert part.provenance["alpha"] == wanted
+    if wanted < 1:
+        name = max(whole.names, key=whole.mask.active)
+        old, new, got = whole.base_values(name).float(), whole.values(name).float(), part.values(name).float()
+        # between fp32 masters, of which the whole ticket shows the roundings
+        assert ((got - (old + wanted * (new - old))).abs() <= 2**-7 * old.abs().clamp(min=new.abs()) + 1e-6).all()
+
+
 def _start_again(ranks: Any, tasks: dict[str, Path], run: Path, *options: str) -> None:
     ranks(1).run(jobs.run_recipe, "train_lota", _argv(tasks["base"], str(tasks["rows"]), run, *options))
 
