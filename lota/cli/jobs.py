@@ -12,8 +12,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
-from lota.cli.parsers import add_command
+from lota import choices
+from lota.cli.parsers import add_command, complete
 
+_BOOLEANS = ("true", "false")
+_CHOICES = {
+    "method": choices.METHODS,
+    "score": choices.SCORES,
+    "budget": choices.BUDGETS,
+    "gradient_reduction": choices.GRADIENT_REDUCTIONS,
+    "kernels": choices.KERNELS,
+    "shard_group_size": ("node", "world"),
+    "ticket_dtype": ("float32",),
+    "metrics": ("loss", "exact", "number", "rouge"),
+}
+"""What a shell offers as the value of an option; the job itself checks it."""
 _LAUNCH = """
 On one GPU or CPU it runs as it is. On several, start it as every launcher starts a module:
 
@@ -65,7 +78,10 @@ lota evaluate --config run.yaml --tickets runs/mine/ticket --metrics loss exact 
 def add_fields(parser: argparse.ArgumentParser, arguments: type[Any]) -> None:
     """An option for every field of a dataclass of options, with its help text."""
     for entry in fields(arguments):
-        parser.add_argument(f"--{entry.name}", metavar="VALUE", help=help_of(entry).replace("%", "%%"))
+        option = parser.add_argument(f"--{entry.name}", metavar="VALUE", help=help_of(entry).replace("%", "%%"))
+        values = _CHOICES.get(entry.name) or (_BOOLEANS if str(entry.type).startswith("bool") else ())
+        if values:
+            complete(option, values)
 
 
 def help_of(entry: Any) -> str:

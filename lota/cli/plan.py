@@ -13,7 +13,7 @@ from lota.cli.apply import add_trust_option
 from lota.cli.parsers import add_command
 
 if TYPE_CHECKING:
-    from lota.plan import Layout, MethodPlan, ModelShapes
+    from lota.plan import MethodPlan, ModelShapes, RankLayout
     from lota.plan.advice import Choice
     from lota.selection import LeftOut
 
@@ -75,11 +75,11 @@ lota plan models/llama-8b --ranks 8 --json | python -m json.tool""",
 
 
 def run(args: argparse.Namespace) -> None:
-    from lota.plan import Layout, advise, format_bytes, parse_bytes, read_model, table
+    from lota.plan import RankLayout, advise, format_bytes, parse_bytes, read_model, table
     from lota.selection import eligible, left_out, left_out_lines
 
     memory = None if args.memory is None else parse_bytes(args.memory)
-    layout = Layout(
+    layout = RankLayout(
         ranks=args.ranks,
         node_size=args.node_size,
         shard_group_size=_group_size(args.shard_group_size, args.node_size, args.ranks),
@@ -148,7 +148,7 @@ def _group_size(asked: str | None, node_size: int | None, ranks: int) -> int | N
 
 
 def make_choices(
-    args: argparse.Namespace, model: ModelShapes, layout: Layout, memory: int | None = None
+    args: argparse.Namespace, model: ModelShapes, layout: RankLayout, memory: int | None = None
 ) -> list[Choice]:
     """One choice for each method asked for. ValueError for what the options cannot mean."""
     from lota.plan import LoraSettings, MaskCounts, calibration, choose_reduction, full, lora, lota
@@ -223,7 +223,7 @@ def _load_mask(path: Path, model: ModelShapes) -> Any:
 
 
 def as_json(
-    model: ModelShapes, layout: Layout, plans: list[MethodPlan], advice: list[str], left_out: list[LeftOut]
+    model: ModelShapes, layout: RankLayout, plans: list[MethodPlan], advice: list[str], left_out: list[LeftOut]
 ) -> dict[str, Any]:
     """All integers of the plans."""
     rows = []

@@ -32,7 +32,7 @@ def print_plan(options: RunOptions, config: Config) -> None:
         print_once(line)
 
 
-def plans_of(options: RunOptions, config: Config, layout: plan.Layout) -> list[plan.MethodPlan]:
+def plans_of(options: RunOptions, config: Config, layout: plan.RankLayout) -> list[plan.MethodPlan]:
     """The phases of this run, in order."""
     model = _model(options, config)
     plans = _phases(options, model, layout)
@@ -56,7 +56,7 @@ def _model(options: RunOptions, config: Config) -> plan.ModelShapes:
     )
 
 
-def _phases(options: RunOptions, model: plan.ModelShapes, layout: plan.Layout) -> list[plan.MethodPlan]:
+def _phases(options: RunOptions, model: plan.ModelShapes, layout: plan.RankLayout) -> list[plan.MethodPlan]:
     if options.method == "full":
         return [plan.full(model, layout)]
     if options.adapter is not None:
@@ -90,7 +90,7 @@ def _lora_targets(targets: Sequence[str], model: plan.ModelShapes) -> tuple[str,
     return tuple(name for name in matrices if found.fullmatch(name.removesuffix(".weight")))
 
 
-def _with_reference(phase: plan.MethodPlan, model: plan.ModelShapes, layout: plan.Layout) -> plan.MethodPlan:
+def _with_reference(phase: plan.MethodPlan, model: plan.ModelShapes, layout: plan.RankLayout) -> plan.MethodPlan:
     """Beside it, the base once more, sharded over all ranks and gathered for one forward pass a micro step."""
     forwards = model.item_bytes * model.numel() * layout.gradient_accumulation_steps
     return replace(
@@ -100,13 +100,13 @@ def _with_reference(phase: plan.MethodPlan, model: plan.ModelShapes, layout: pla
     )
 
 
-def layout_of(options: RunOptions, config: Config) -> plan.Layout:
+def layout_of(options: RunOptions, config: Config) -> plan.RankLayout:
     """Ranks from the launcher's environment, bucket and limits from the DeepSpeed configuration if it has them."""
     content = ds_config.content(config)
     zero = content.get("zero_optimization", {})
     limits = [zero.get(f"stage3_{name}") for name in ("max_live_parameters", "max_reuse_distance")]
     shard_size = check_shard_group_size(options.shard_group_size, world_size())
-    return plan.Layout(
+    return plan.RankLayout(
         ranks=world_size(),
         node_size=local_size() or world_size(),
         shard_group_size=None if shard_size == world_size() else shard_size,

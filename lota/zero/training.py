@@ -243,9 +243,9 @@ class SparseRun(BlockRun):
         if dist.get_rank() == 0:
             _LOG.info("gradient_reduction %s", self._reduction_reason)
 
-    def _plan_layout(self, optimizer: Any, engine: Any) -> plan.Layout:
+    def _plan_layout(self, optimizer: Any, engine: Any) -> plan.RankLayout:
         reduction, limits = self.groups.reduction, gather_limits(engine)
-        return plan.Layout(
+        return plan.RankLayout(
             ranks=reduction.world_size,
             shard_group_size=reduction.shard_size,
             gradient_accumulation_steps=engine.gradient_accumulation_steps(),
