@@ -147,8 +147,7 @@ def _draw_dial(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
     for x, point in zip(across, points):
         if has_loss:
             highest = max(loss - points[0]["kept"][name] for name, loss in point["kept"].items())
-            place = {"textcoords": "offset points", "xytext": (3, 3), "fontsize": 7}
-            axes.annotate(f"{point['alpha']:g}", (x, highest), **place)
+            axes.text(x, highest, f" {point['alpha']:g}", fontsize=7, va="bottom")
     axes.set_title("rise of kept losses", fontsize=11)
     axes.set_xlabel("new task's evaluation loss" if has_loss else "alpha", fontsize=9)
     axes.tick_params(labelsize=9)

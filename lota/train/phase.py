@@ -57,7 +57,8 @@ class Phase:
         **changes: Any,
     ) -> None:
         """tickets: on the model beside those of the run. kept: more rows, by name, for `loss_on`. changes: values of
-        TrainingArguments for this phase only. Arguments are made afresh for each phase, because DeepSpeed's "auto" values are filled into them."""
+        TrainingArguments for this phase only. Arguments are made afresh for each phase, because DeepSpeed's "auto"
+        values are filled into them."""
         train, evaluation = data
         self.name = name
         where = folder.checkpoints_of(name)
