@@ -57,6 +57,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("zero.compact", "zero.deepspeed"),
     },
     "evaluate": {"run", "architecture", "data", "delivery", "ticket", "ranks", "files", "messages"},
+    "sequence": {
+        *("train", "evaluate", "run", "algebra", "choices", "data", "delivery", "ticket", "ranks", "files", "messages"),
+        "progress",
+    },
     "demo": {"evaluate", "data", "delivery", "packaged", "ticket"},
 }
 # The front door re-exports the rooms; the command line joins them.

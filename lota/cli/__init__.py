@@ -23,7 +23,9 @@ from lota.cli import (
     extract,
     inspect,
     jobs,
+    ledger,
     mask,
+    matrix,
     merge,
     overlap,
     plan,
@@ -39,6 +41,7 @@ from lota.messages import printable
 COMMANDS = (
     *(plan, config, inspect, apply, revert, verify, export),
     *(diff, extract, merge, overlap, change, mask),
+    *(ledger, matrix),
     *(push, report, demo),
 )
 

@@ -1,4 +1,4 @@
-"""`lota train`, `lota dpo`, `lota calibrate`, `lota evaluate`: the jobs, on this process or as a launcher's ranks.
+"""`lota train`, `dpo`, `calibrate`, `sequence`, `evaluate`: the jobs, on this process or as a launcher's ranks.
 
 Their options are read by the job itself, from the command line and from `--config FILE`, because TRL's belong to them;
 the parsers here only explain and complete them.
@@ -72,7 +72,42 @@ lota evaluate --config run.yaml --tickets runs/mine/ticket --metrics loss exact 
 
     evaluate.add_argument("--config", metavar="FILE", help="YAML file with options, which may be a training run's")
     add_fields(evaluate, EvaluateArguments)
-    return {"train": _train, "dpo": _dpo, "calibrate": _calibrate, "evaluate": _evaluate}
+    _add_sequence(commands)
+    return {
+        "train": _train, "dpo": _dpo, "calibrate": _calibrate, "sequence": _sequence, "evaluate": _evaluate
+    }  # fmt: skip
+
+
+def _add_sequence(commands: Any) -> None:
+    from lota.sequence.arguments import SequenceArguments
+
+    sequence = add_command(
+        commands,
+        "sequence",
+        _unreachable,
+        summary="train tasks one after another into one model, and keep the books",
+        text=f"""
+Train any number of tasks one after another, each on the base with the tickets of the tasks before it, on entries that
+none of them has (or, with disjoint: false, on any). CONFIG lists the tasks; other options are those of `lota train`,
+for every task unless it has its own. After every task all tasks are scored: which forgot what is in matrix.csv and
+matrix.png, who owns how much of the weights in ledger.json and ledger.png (docs/sequences.md).
+
+The same command again continues where it stopped, and trains tasks that were added at the end. --method full and
+--method lora train the same tasks in sequence for comparison. --remove takes a task out again, bit for bit.
+{_LAUNCH.format(name="sequence")}""",
+        examples="""
+lota config sequence_small --out tasks.yaml
+lota sequence tasks.yaml --output_dir runs/five
+lota sequence tasks.yaml --output_dir runs/five_full --method full --learning_rate 1e-5
+lota sequence runs/five --remove sql
+lota ledger runs/five
+lota matrix runs/five runs/five_full --plot both.png""",
+    )
+    sequence.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or the folder of a sequence")
+    sequence.add_argument("--config", dest="config", metavar="CONFIG", help="the same")
+    sequence.add_argument("--output_dir", help="folder of the sequence")
+    sequence.add_argument("--remove", metavar="NAME", help="take a task out of the sequence in CONFIG's folder")
+    add_fields(sequence, SequenceArguments)
 
 
 def add_fields(parser: argparse.ArgumentParser, arguments: type[Any]) -> None:
@@ -121,6 +156,12 @@ def _calibrate(argv: list[str]) -> None:
     from lota.train.job import main_mask
 
     _run("calibrate", argv, main_mask, RESUME)
+
+
+def _sequence(argv: list[str]) -> None:
+    from lota.sequence.run import ADVICE, main
+
+    _run("sequence", argv, main, ADVICE)
 
 
 def _evaluate(argv: list[str]) -> None:

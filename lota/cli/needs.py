@@ -8,6 +8,8 @@ _EXTRAS = {
     "train": "recipes",
     "dpo": "recipes",
     "calibrate": "recipes",
+    "sequence": "recipes",
+    "matrix": "recipes",
     "demo": "recipes",
     "report": "recipes",
     "evaluate": "eval",
