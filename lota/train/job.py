@@ -32,6 +32,7 @@ from lota.ticket import Mask, Ticket
 from lota.train import lora, whole_model
 from lota.train.calibrate import calibrate, mask_facts
 from lota.train.dial import kept_rows, turn
+from lota.train.divergence import divergence_from_base
 from lota.train.importance import leave_importance, pull_line, retained
 from lota.train.phase import Phase, timed, training_dtype
 from lota.train.print_plan import print_plan
@@ -204,6 +205,11 @@ def train(job: Job) -> Trained:
     if kept:
         with timed(job.seconds, "dial"):
             facts |= turn(options, phase, run, job.sets)
+    if not options.is_preference:
+        with timed(job.seconds, "divergence"):
+            facts["kl_to_base"] = divergence_from_base(phase, run)
+        if facts["kl_to_base"] is not None:
+            print_once(f"divergence from the base on the evaluation rows: {facts['kl_to_base']:.4g} nats per token")
     report = run.report()
     if "pull" in report:
         print_once(pull_line(report["pull"]))

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+import lota
+from lota.data.tokenizer import encode, load_tokenizer
 from lota.delivery.apply import apply_to_checkpoint, revert_checkpoint
 from lota.retention import Importance
 from lota.ticket import Ticket
+from tests.delivery.architecture_table import load
 from tests.delivery.test_apply import load_checkpoint
 from tests.train import jobs
 from tests.train.test_merged import save_base
@@ -91,6 +94,26 @@ def test_each_is_applied_and_taken_out_without_the_other(tasks: dict[str, Path],
     assert all(torch.equal(tensor, base[key]) for key, tensor in load_checkpoint(tmp_path / "back").items())
 
 
+def _divergence(base: Path, ticket: Ticket, rows: Path) -> float:
+    """KL(base || base with the ticket) over the answers' tokens, row by row on a plain model."""
+    model, tokenizer = load(base), load_tokenizer(str(base), "main", False)
+    total = count = 0.0
+    for line in rows.read_text(encoding="utf-8").splitlines():
+        ids, num_prompt = encode(tokenizer, json.loads(line))
+        found = []
+        for tickets in ([], [ticket]):
+            if tickets:
+                applied = lota.apply_(model, tickets)
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids])).logits[0, num_prompt - 1 : -1]
+                found.append(torch.log_softmax(logits.float(), -1))
+        applied.revert()
+        before, after = found
+        total += float((before.exp() * (before - after)).sum())
+        count += before.shape[0]
+    return total / count
+
+
 def test_the_dial_delivers_a_point_within_the_budget(ranks: Any, tasks: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     kept = json.dumps([{"name": "a", "data": str(tasks["general"])}])
@@ -103,6 +126,8 @@ def test_the_dial_delivers_a_point_within_the_budget(ranks: Any, tasks: dict[str
     training = _summary(run)["training"]
     points = training["dial"]["points"]
     assert [point["alpha"] for point in points] == [0, 0.25, 0.5, 1] and training["dial"]["alpha"] == 1
+    expected = _divergence(tasks["base"], Ticket.load(run / "ticket"), tasks["rows"])
+    assert training["kl_to_base"] == pytest.approx(expected, rel=0.03)  # bf16 forward passes of other batches
     # bf16 weights at alpha 1 are those that were trained, and at 0 the base's
     assert points[-1]["eval_loss"] == training["eval_loss"]
     assert points[0]["eval_loss"] == training["eval_loss_before"]
