@@ -19,6 +19,12 @@ BUDGETS = ("global", "per_tensor")
 GRADIENT_REDUCTIONS = ("auto", "compact", "dense")
 REDUCE_EVERY = ("micro_step", "step")
 KERNELS = ("auto", "torch", "triton")
+REFERENCES = ("ticket", "model", "precompute")
+"""Of preferences: the model itself with the base's values put back at the active entries; a second model; the base's
+answers computed before training."""
+TICKET_FORMS = ("plain", "values", "packed")
+"""Values and base values; values, and the difference to the base's; the difference alone, which needs the base (or the
+tuned model) to be read."""
 
 DENSITY = 0.1
 SCORE = "task_vector"

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "choices": {"messages"},
     "kernels": {"choices"},
     "ranks": set(),
-    "ticket": {"files", "messages", "kernels"},
+    "ticket": {"choices", "files", "messages", "kernels"},
     "data": {"architecture", "messages", "packaged", "ranks"},
     "plan": {"architecture", "choices", "ticket", "kernels"},
     "selection": {"choices", "files", "ticket", "kernels"},

@@ -24,6 +24,8 @@ _CHOICES = {
     "kernels": choices.KERNELS,
     "shard_group_size": ("node", "world"),
     "ticket_dtype": ("float32",),
+    "reference": choices.REFERENCES,
+    "ticket_form": choices.TICKET_FORMS,
     "metrics": ("loss", "exact", "number", "rouge"),
 }
 """What a shell offers as the value of an option; the job itself checks it."""

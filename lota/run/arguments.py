@@ -111,6 +111,17 @@ class LotaArguments(SourceArguments):
         metadata={"help": "Round fp32 masters into bf16 weights stochastically, by this seed (none: to nearest even)."},
     )
     ticket_dtype: str | None = field(default=None, metadata={"help": "float32 keeps masters (the weights' own dtype)."})
+    reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of preferences: ticket (the base's values put back for a forward pass), model (a second one) or "
+            "precompute (ticket for method lota, else model)."
+        },
+    )
+    ticket_form: str = field(
+        default="plain",
+        metadata={"help": "plain; packed: about half of the bytes, read beside the base; values: readable without it."},
+    )
     lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter (16)."})
     lora_alpha: int | None = field(default=None, metadata={"help": "The adapter is scaled by alpha / r (32)."})
     lora_dropout: float | None = field(default=None, metadata={"help": "Dropout before the adapter (0.05)."})

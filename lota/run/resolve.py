@@ -76,8 +76,9 @@ class Adapter:
 class RunOptions:
     """What a run is, besides TRL's configuration and its rows; settled once, and read by all that comes after.
 
-    calibration: None where a mask is given, and for the methods without one. adapter: of method lora. given: the
-    options as config.yaml holds them. notes: for the user, options of the config file that this method does not use.
+    calibration: None where a mask is given, and for the methods without one. adapter: of method lora. reference: of
+    preferences, one of `choices.REFERENCES`; None without, and for an adapter, which is switched off instead.
+    given: the options as config.yaml holds them. notes: for the user, options of the config file that this method does not use.
     """
 
     method: str
@@ -95,6 +96,8 @@ class RunOptions:
     max_skipped_steps: int
     rounding_seed: int | None
     ticket_dtype: str | None
+    ticket_form: str
+    reference: str | None
     adapter: Adapter | None
     keeping: Keeping
     merged: bool
@@ -163,6 +166,12 @@ def resolve(
     ds_config.check(config, is_sparse=args.method == "lota" and not mask_only)
     if args.ticket_dtype not in (None, "float32"):
         raise ValueError(f"ticket_dtype must be float32 or left out (the weights' own), got {args.ticket_dtype!r}")
+    choices.check_choice("ticket_form", args.ticket_form, choices.TICKET_FORMS)
+    if args.ticket_form != "plain" and args.ticket_dtype is not None:
+        raise ValueError(
+            f"ticket_form: {args.ticket_form} stores differences of the weights' own bits, and ticket_dtype: "
+            "float32 stores masters: leave one of them out"
+        )
     choices.check_max_skipped_steps(args.max_skipped_steps)
     choices.check_choice("gradient_reduction", args.gradient_reduction, choices.GRADIENT_REDUCTIONS)
     check_shard_group_size(args.shard_group_size, world_size())
@@ -208,6 +217,8 @@ def resolve(
         max_skipped_steps=args.max_skipped_steps,
         rounding_seed=args.rounding_seed,
         ticket_dtype=args.ticket_dtype,
+        ticket_form=args.ticket_form,
+        reference=_reference(args, config, unused),
         adapter=adapter,
         keeping=keeping,
         merged=args.merged,
@@ -247,11 +258,32 @@ _CALIBRATION = (
     "keep_ranking", "include", "exclude",
 )  # fmt: skip
 
-_SPARSE = ("shard_group_size", "gradient_reduction", "kernels", "rounding_seed", "ticket_dtype")
+_SPARSE = ("shard_group_size", "gradient_reduction", "kernels", "rounding_seed", "ticket_dtype", "ticket_form")
 
 _PULL = ("retain", "pull", "keep_importance", "importance_batches", "kept", "alphas", "forget_budget")
 
 _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
+
+
+def _reference(args: LotaArguments, config: Config, unused: _Unused) -> str | None:
+    """Where the reference model of preferences comes from. Sets TRL's own option where it is precomputed."""
+    if not isinstance(config, PreferenceConfig):
+        unused.drop("only preferences have a reference", ("reference",))
+        return None
+    if args.method == "lora":
+        unused.drop("method: lora switches its adapter off for the reference", ("reference",))
+        return None
+    precomputed, is_free = config.precompute_ref_log_probs, args.method == "lota" and not config.sync_ref_model
+    usual = "precompute" if precomputed else "ticket" if is_free else "model"
+    chosen = choices.check_choice("reference", args.reference or usual, choices.REFERENCES)
+    if precomputed and chosen != "precompute":
+        raise ValueError(f"reference: {chosen} and precompute_ref_log_probs: true: leave one of them out")
+    if chosen == "ticket" and args.method != "lota":
+        raise ValueError(f"reference: ticket needs method: lota; method: {args.method} takes model or precompute")
+    if config.sync_ref_model and chosen != "model":
+        raise ValueError(f"sync_ref_model moves a model of its own: set reference: model, got {chosen}")
+    config.precompute_ref_log_probs = chosen == "precompute"
+    return chosen
 
 
 def _keeping(args: LotaArguments, unused: _Unused) -> Keeping:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,14 @@ def _collect(
         ) as run,
     ):
         phase = Phase(
-            "importance", replace(options, adapter=None), config, Sets(train, None), folder, tickets=tickets, **changes
+            "importance",
+            replace(options, adapter=None),
+            config,
+            Sets(train, None),
+            folder,
+            tickets=tickets,
+            as_reference=None if tickets else nullcontext,  # with its own ticket on it, the base is another model
+            **changes,
         )
         phase.run()
         made = run.importance({**facts, "rows": changes["per_device_train_batch_size"]})

@@ -198,7 +198,7 @@ def train(job: Job) -> Trained:
         ) as run,
     ):
         del mask  # once the engine is built, only rank 0 keeps its indices
-        phase = Phase("train", options, job.config, job.sets, job.folder, kept=kept, **changes)
+        phase = Phase("train", options, job.config, job.sets, job.folder, kept=kept, as_reference=run.base, **changes)
         if run.retained is not None:
             run.retained.num_steps = lambda: phase.trainer.num_training_steps
         facts = phase.run()
@@ -246,6 +246,7 @@ def deliver_ticket(job: Job, trained: Trained) -> None:
             },
             dtype=torch.float32 if options.ticket_dtype == "float32" else None,
             overwrite=True,  # of a run that was stopped between its ticket and its summary
+            form=options.ticket_form,
             beside=[Ticket.load(path) for path in options.keeping.tickets] if job.is_disjoint else (),
         )
     folder.write_card(

@@ -6,8 +6,8 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from lota.ticket import Ticket
 from lota.train import lora
 from lota.train.callbacks import Log, NoLastCheckpoint, Progress
 from lota.train.tracking import tracking_of
-from lota.train.trainer import trainer_class
+from lota.train.trainer import SelfReference, trainer_class
 from lota.zero.assign import assign
 
 _DOING = {"calibrate": "calibration", "train": "training"}
@@ -54,9 +54,11 @@ class Phase:
         *,
         tickets: Sequence[str | Path] = (),
         kept: Mapping[str, Dataset] | None = None,
+        as_reference: Callable[[], AbstractContextManager[Any]] | None = None,
         **changes: Any,
     ) -> None:
-        """tickets: on the model beside those of the run. kept: more rows, by name, for `loss_on`. changes: values of
+        """tickets: on the model beside those of the run. kept: more rows, by name, for `loss_on`. as_reference: of
+        preferences whose reference is the model itself, what makes it that for a forward pass. changes: values of
         TrainingArguments for this phase only. Arguments are made afresh for each phase, because DeepSpeed's "auto"
         values are filled into them."""
         train, evaluation = data
@@ -84,15 +86,21 @@ class Phase:
         # Where embeddings are frozen, reentrant checkpointing cuts the graph unless their output asks for a gradient.
         if self.config.gradient_checkpointing:
             model.enable_input_require_grads()
-        self.trainer = trainer_class(config)(
+        refers_to_itself = options.reference == "ticket" and as_reference is not None
+        has_second = options.reference is not None and not refers_to_itself and options.reference != "precompute"
+        if refers_to_itself:
+            self.config.precompute_ref_log_probs = True
+        self.trainer = trainer_class(config, refers_to_itself)(
             model=model,
-            **({"ref_model": load_model(options, config)} if needs_reference(options, config) else {}),
+            **({"ref_model": load_model(options, config)} if has_second else {}),
             args=self.config,
             train_dataset=train,
             eval_dataset=evaluation if not kept else dict(kept) | ({"eval": evaluation} if evaluation else {}),
             processing_class=load_tokenizer(options.model, options.revision, options.trust_remote_code),
             peft_config=None if options.adapter is None else lora.peft_config(options.adapter),
         )
+        if refers_to_itself and as_reference is not None:
+            self.trainer.ref_model = SelfReference(self.trainer, as_reference)
         self._kept: dict[str, Dataset] = {}
         if kept:
             self._kept = dict(self.trainer.eval_dataset)
@@ -193,7 +201,7 @@ class Phase:
         """Destroy the engine and drop model and optimizer, so that the next phase has the memory."""
         for model in (self.trainer, getattr(self.trainer, "ref_model", None)):
             engine = getattr(model, "deepspeed", None) if model is self.trainer else model
-            if engine is not None:
+            if engine is not None and not isinstance(engine, SelfReference):
                 engine.destroy()
         self.trainer.accelerator.free_memory()
         del self.trainer
@@ -253,12 +261,6 @@ def check_positions(model_config: Any, rows: Dataset, config: Any) -> None:
             f"a row has {longest} tokens, and the model has {positions} positions: set max_length: {positions}, or "
             "remove such rows"
         )
-
-
-def needs_reference(options: RunOptions, config: Config) -> bool:
-    """Whether DPO loads the base once more. An adapter is switched off instead, and with precompute_ref_log_probs TRL
-    asks the model before it is trained."""
-    return options.is_preference and options.adapter is None and not getattr(config, "precompute_ref_log_probs", False)
 
 
 def losses_line(facts: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from lota.run.options import Config
 from lota.run.resolve import RunOptions
 from lota.selection import candidates, eligible, left_out, left_out_lines
 from lota.ticket import Mask
-from lota.train.phase import needs_reference, training_dtype
+from lota.train.phase import training_dtype
 from lota.zero.compact.groups import check_shard_group_size, local_size
 
 
@@ -36,7 +36,10 @@ def plans_of(options: RunOptions, config: Config, layout: plan.RankLayout) -> li
     """The phases of this run, in order."""
     model = _model(options, config)
     plans = _phases(options, model, layout)
-    return [_with_reference(one, model, layout) for one in plans] if needs_reference(options, config) else plans
+    is_dense = options.calibration is not None and options.calibration.score == "task_vector"
+    has_second = [options.reference == "model" or (options.reference == "ticket" and is_dense and one is plans[0])
+                  for one in plans]  # fmt: skip
+    return [_with_reference(one, model, layout) if has else one for one, has in zip(plans, has_second)]
 
 
 def lines_of_left_out(options: RunOptions, config: Config) -> list[str]:

@@ -368,6 +368,7 @@ class SparseRun(BlockRun):
         dtype: torch.dtype | None = None,
         overwrite: bool = False,
         beside: Sequence[Ticket] = (),
+        form: str = "plain",
     ) -> dict[str, Any]:
         """Verify that no frozen bit of the model moved, then write the ticket. Collective; rank 0 writes.
 
@@ -376,6 +377,7 @@ class SparseRun(BlockRun):
 
         beside: tickets that were on the base when the run began and share no entry with its mask: the ticket is then
         of the base without them, so that each can be applied and taken out without the others.
+        form: `packed` stores differences to the base's values, in about half of the bytes (see `TicketWriter`).
         dtype: None stores the weights' own bits, torch.float32 the masters. Returns counts and bytes on every rank.
         Raises RuntimeError where a frozen entry changed (a fault, or a script that wrote into the weights), and
         ValueError or OSError where the ticket cannot be written; then nothing is left at `path`.
@@ -413,6 +415,7 @@ class SparseRun(BlockRun):
             model=model_facts(self.engine.module) if self._new else None,
             dtype=dtype,
             overwrite=overwrite,
+            form=form,
             device=self.device,
         )
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import lota
+from lota.cli import main as cli
 from lota.data.tokenizer import encode, load_tokenizer
 from lota.delivery.apply import apply_to_checkpoint, revert_checkpoint
 from lota.retention import Importance
@@ -119,6 +120,7 @@ def test_the_dial_delivers_a_point_within_the_budget(ranks: Any, tasks: dict[str
     kept = json.dumps([{"name": "a", "data": str(tasks["general"])}])
     options = ("--mask", str(tasks["a"] / "ticket"), "--kept", kept, "--eval_file", str(tasks["rows"]))
     argv = _argv(tasks["base"], str(tasks["rows"]), run, *options, "--alphas", "0.25", "0.5", "1")
+    argv += ["--merged", "true"]
     for name in ("--score", "--calibration_steps", "--density", "--importance_batches"):
         place = argv.index(name)
         del argv[place : place + 2]
@@ -136,9 +138,17 @@ def test_the_dial_delivers_a_point_within_the_budget(ranks: Any, tasks: dict[str
     wanted = max(p["alpha"] for p, rise in zip(points, rises, strict=True) if rise <= budget)
     again = tmp_path / "again"
     argv[argv.index("--output_dir") + 1] = str(again)
-    ranks(2).run(jobs.run_recipe, "train_lota", [*argv, "--forget_budget", str(budget)])
+    packed = ["--forget_budget", str(budget), "--ticket_form", "packed"]
+    ranks(2).run(jobs.run_recipe, "train_lota", [*argv, *packed])
     assert _summary(again)["training"]["dial"]["alpha"] == wanted
-    whole, part = Ticket.load(run / "ticket"), Ticket.load(again / "ticket")
+    assert Ticket.load(again / "ticket").is_packed
+    unpack = ["unpack", str(again / "ticket"), "--base", str(tasks["base"]), "--out", str(tmp_path / "plain")]
+    assert cli(unpack) == 0
+    whole, part = Ticket.load(run / "ticket"), Ticket.load(tmp_path / "plain")
+    merged = load_checkpoint(again / "merged")
+    for name in part.names:
+        key = next(key for key in merged if key.endswith(name) or name.endswith(key))
+        assert torch.equal(merged[key].view(-1)[part.mask.indices(name)], part.values(name))
     assert part.provenance["alpha"] == wanted
     if wanted < 1:
         name = max(whole.names, key=whole.mask.active)
