@@ -9,7 +9,7 @@ same dimensions in each. Spread and seed were chosen so that the fullest rank is
 uneven selected mask that was measured (docs/planning.md): 152% of an even share on 8 ranks (139%), 236% on 64 (231%).
 
 Owners, buckets and bytes come from the code that trains: `build_layout`, `GradientReducer`, the planner's formulas.
-Prints the tables of docs/planning.md, which tests/zero/compact/test_layout_70b.py holds against it.
+Prints the tables of docs/planning_70b.md, which tests/zero/compact/test_layout_70b.py holds against it.
 """
 
 from __future__ import annotations

@@ -18,16 +18,16 @@ def add_parser(commands: Any) -> None:
         run,
         summary="print or write a configuration that comes with lota",
         text="""
-Without NAME: the list. With it: the file on the terminal, or as OUT, to be edited and given to `lota train --config`.
-Run configurations (.yaml), DeepSpeed files (zero3) and chat templates (plain_chat) are known by their names.""",
+Without NAME, print the list. With NAME, print the file, or write it to OUT, to be edited and given to `lota train
+--config`. There are run configurations (.yaml), a DeepSpeed file (zero3) and a chat template (plain_chat).""",
         examples="""
 lota config
 lota config llama31_8b_gsm8k --out run.yaml
 lota config zero3 --out zero3.json""",
     )
-    name = parser.add_argument("name", nargs="?", metavar="NAME", help="of a packaged file, without its ending")
+    name = parser.add_argument("name", nargs="?", metavar="NAME", help="a packaged file, without its suffix")
     complete(name, sorted(_packaged()))
-    parser.add_argument("--out", type=Path, help="file to write; must not exist (the terminal)")
+    parser.add_argument("--out", type=Path, help="file to write; must not exist (default: print it)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ _CHOICES = {
 }
 """What a shell offers as the value of an option; the job itself checks it."""
 _LAUNCH = """
-On one GPU or CPU it runs as it is. On several, start it as every launcher starts a module:
+On one GPU or CPU run it as it is. On several, start it as a launcher starts a module:
 
   deepspeed --module lota {name} --config FILE                     all GPUs of this machine
   torchrun --nproc-per-node 8 -m lota {name} --config FILE
@@ -45,7 +45,7 @@ def add_parsers(commands: Any) -> dict[str, Callable[[list[str]], None]]:
     declared = (
         ("train", _train, LotaArguments, "fine-tune a model as a ticket", training.format(trl="SFTConfig")),
         ("dpo", _dpo, LotaArguments, "the same on preferences (DPO)", training.format(trl="DPOConfig")),
-        ("calibrate", _calibrate, LotaArguments, "stop at the mask", training.format(trl="SFTConfig")),
+        ("calibrate", _calibrate, LotaArguments, "calibrate, and stop at the mask", training.format(trl="SFTConfig")),
     )
     for name, _, arguments, summary, text in declared:
         parser = add_command(
@@ -65,8 +65,8 @@ def add_parsers(commands: Any) -> dict[str, Callable[[list[str]], None]]:
         _unreachable,
         summary="score a base and tickets on it",
         text="""
-Score a base model and tickets on it, on local rows and on lm-eval's tasks, with one load of the model. Takes the
-options of a training run's data, from its --config file too. docs/evaluation.md defines the metrics.""",
+Score a base model and tickets on it, on local rows and on lm-eval's tasks. The model is loaded once. Takes the data
+options of a training run, also from its --config file. docs/evaluation.md defines the metrics.""",
         examples="""
 lota evaluate --config run.yaml --tickets runs/mine/ticket --metrics loss exact --output results.json""",
     )
@@ -122,10 +122,10 @@ def add_fields(parser: argparse.ArgumentParser, arguments: type[Any]) -> None:
 
 
 def help_of(entry: Any) -> str:
-    """The help text of a field of a dataclass of options, with its default where the text does not say it."""
+    """The help text of a field of a dataclass of options, with its default if the text does not have it."""
     text = str(entry.metadata.get("help", ""))
-    says_it = entry.default in (None, MISSING) or text.rstrip(".").endswith(")")
-    return text if says_it else f"{text.rstrip('.')} ({entry.default})."
+    has_it = entry.default in (None, MISSING) or text.rstrip(".").endswith(")")
+    return text if has_it else f"{text.rstrip('.')} ({entry.default})."
 
 
 def _unreachable(args: argparse.Namespace) -> None:

@@ -42,7 +42,7 @@ def add_command(
         epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quiet", action="store_true", help="print errors only; the exit status says the rest")
+    parser.add_argument("--quiet", action="store_true", help="print errors only; the exit status reports the rest")
     parser.set_defaults(run=run)
     return parser
 

@@ -1,4 +1,4 @@
-"""Bytes per rank of dense ZeRO-3, LoRA, LoTA's calibration and LoTA's sparse training. Formulas: docs/planning.md."""
+"""Bytes per rank of dense ZeRO-3, LoRA, LoTA's calibration and sparse training, as in docs/planning_formulas.md."""
 
 from __future__ import annotations
 

@@ -203,10 +203,11 @@ def test_a_given_mask_is_counted_exactly(size):
         assert counts.spread.fullest == max(per_rank) and mask_counts(mask, size).spread.local == max(per_rank)
 
 
-def test_the_document_shows_what_commands_print(tmp_path, monkeypatch, capsys):
+def test_the_pages_show_what_commands_print(tmp_path, monkeypatch, capsys):
     """`...` stands for lines left out."""
-    document = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
-    blocks = re.findall(r"```text\n\$ lota (plan .*)\n([^`]*)```", document.read_text())
+    pages = [Path(__file__).resolve().parents[2] / "docs" / name for name in ("planning.md", "planning_70b.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    blocks = re.findall(r"```text\n\$ lota (plan .*)\n([^`]*)```", text)
     assert len(blocks) == 6
     (tmp_path / "llama-70b").mkdir()
     (tmp_path / "llama-70b" / "config.json").write_text(json.dumps(LLAMA_70B))
