@@ -80,9 +80,9 @@ def read(argv: Sequence[str]) -> SequenceConfig:
     path, words = _config_path(argv)
     content = _read_yaml(path / CONFIG_NAME if path.is_dir() else path)
     _refuse_unknown_keys(content)
-    given = _typed(words)
-    if "tasks" in given:
+    if "tasks" in names_on_command_line(words):
         raise ValueError("tasks is a list, which only the file can hold: remove --tasks")
+    given = _typed(words)
     content = {name: value for name, value in content.items() if name not in given} | given
     content["tasks"] = [{key: value for key, value in task.items() if key not in given} for task in content["tasks"]]
     if path.is_dir() and "output_dir" not in given:

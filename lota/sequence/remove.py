@@ -16,7 +16,7 @@ from lota.ranks.world import print_once, world_size
 from lota.sequence import books
 from lota.sequence.config import folder_named
 from lota.sequence.ledger import find_task
-from lota.sequence.state import Stage, State
+from lota.sequence.state import Stage, State, read_state
 from lota.ticket import Ticket
 
 
@@ -29,10 +29,10 @@ def remove(argv: Sequence[str]) -> None:
     name = "".join(words[place + 1 : place + 2])
     del words[place : place + 2]
     folder = folder_named(words)
+    read_state(folder)  # which refuses a folder without one
     with only_writer(folder.absolute(), "trains a sequence in"):
         state = books.open_state(folder)
-        if state is None:
-            raise ValueError(f"{folder} is no folder of a sequence")
+        assert state is not None
         _remove(state, folder, name)
 
 

@@ -179,7 +179,7 @@ def _check_same_sequence(
 def _asked(task: Task, prepared: Prepared) -> dict[str, Any]:
     """The options of a task, for comparing."""
     own = {"disjoint": task.disjoint, "retain_earlier": task.retain_earlier, "pull": task.pull}
-    return prepared.options | own
+    return {name: value for name, value in prepared.options.items() if name != "output_dir"} | own
 
 
 def _train(run: _Run, task: Task) -> None:
@@ -201,7 +201,7 @@ def _train(run: _Run, task: Task) -> None:
     if not is_complete:
         options = from_rank_0(lambda: stage_options(run.config, task, state, run.folder))
         if is_begun:
-            options["resume_from_checkpoint"] = True
+            options["resume_from_checkpoint"] = "true"
         try:
             with TemporaryDirectory() as folder:
                 job.main(["--config", str(write_options(Path(folder), options))])

@@ -116,4 +116,10 @@ def _checked(task: TaskState) -> TaskState:
 
 
 def _scores(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Scores]:
-    return {str(task): {str(name): float(value) for name, value in scores.items()} for task, scores in found.items()}
+    return {str(task): {str(name): _number(value) for name, value in scores.items()} for task, scores in found.items()}
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{value!r:.80} is no figure")
+    return value
