@@ -17,6 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "messages": set(),
     "packaged": set(),
     "progress": set(),
+    "schedule": set(),
     "tensor_names": {"messages"},
     "architecture": {"files", "tensor_names"},
     "checkpoint_keys": {"architecture"},
@@ -28,9 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"architecture", "choices", "ticket", "kernels"},
     "selection": {"choices", "files", "ticket", "kernels"},
     "ranking": {"files", "ranks", "selection", "ticket"},
-    "optim": {"messages", "ticket", "kernels"},
+    "optim": {"messages", "schedule", "ticket", "kernels"},
     "retention": {"files", "messages", "selection", "ticket", "kernels"},
-    "schedule": set(),
     "delivery": {
         *("architecture", "checkpoint_keys", "files", "messages", "progress", "retention", "tensor_names", "ticket"),
     },

@@ -78,7 +78,8 @@ class RunOptions:
 
     calibration: None where a mask is given, and for the methods without one. adapter: of method lora. reference: of
     preferences, one of `choices.REFERENCES`; None without, and for an adapter, which is switched off instead.
-    given: the options as config.yaml holds them. notes: for the user, options of the config file that this method does not use.
+    given: the options as config.yaml holds them. notes: for the user, options of the config file that this method
+    does not use.
     """
 
     method: str
