@@ -1,13 +1,15 @@
 """The planner's bytes beside those counted from outside a run: five small models, six methods, two ranks.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.planner
+    OMP_NUM_THREADS=1 python -m benchmarks.planner > docs/planned_and_counted.csv
 
-Prints a markdown table: planned, counted and their difference, of what a rank holds between steps (device and host
-memory, which are one on CPU ranks) and of the buffers that its collectives move in a step of two micro steps. The same
-runs are the test tests/plan/test_counted.py (the complete ones under the mark `slow`).
+Prints CSV, planned beside counted: bytes that a rank holds between steps (device and host memory, which are one on CPU
+ranks), and bytes of the buffers that its collectives move in a step of two micro steps. Differences go to stderr. The
+same runs are the test tests/plan/test_counted.py (the complete ones under the mark `slow`).
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
@@ -17,8 +19,7 @@ from tests.rank_pool import RankPool
 
 def main() -> None:
     ranks = RankPool(2)
-    print("| model | method | held: planned | counted | | sent a step: planned | counted | |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("model,method,held_planned,held_counted,sent_planned,sent_counted", flush=True)
     worst = 0.0
     for case in MODELS:
         for method in METHODS:
@@ -26,10 +27,9 @@ def main() -> None:
             held = pairs.pop("held")
             sent = tuple(sum(pair[side] for pair in pairs.values()) for side in (0, 1))
             worst = max(worst, *(abs(_difference(pair)) for pair in (held, *pairs.values())))
-            cells = [f"{held[0]:,}", f"{held[1]:,}", f"{_difference(held):+.2f}%"]
-            cells += [f"{sent[0]:,}", f"{sent[1]:,}", f"{_difference(sent):+.2f}%"]
-            print(f"| {case} | {method} | " + " | ".join(cells) + " |", flush=True)
-    print(f"\nLargest difference of a single quantity: {worst:.2f}%. torch {torch.__version__}, two CPU ranks.")
+            print(",".join([case, method, *map(str, (*held, *sent))]), flush=True)
+            print(f"{case} {method}: held {_difference(held):+.2f}%, sent {_difference(sent):+.2f}%", file=sys.stderr)
+    print(f"largest difference of a single quantity: {worst:.2f}%. torch {torch.__version__}", file=sys.stderr)
     ranks.close()
 
 

@@ -8,10 +8,11 @@ if TYPE_CHECKING:
     from lota import kernels as kernels
     from lota import optim as optim
     from lota import plan as plan
+    from lota import retention as retention
     from lota import selection as selection
     from lota import ticket as ticket
     from lota.algebra import diff, extract, merge
-    from lota.blocks import calibration_zero3, sparse_zero3
+    from lota.blocks import calibration_zero3, importance_zero3, sparse_zero3
     from lota.delivery.live import apply_, exchange_
     from lota.delivery.switcher import TicketSwitcher
     from lota.ticket import Mask, Ticket
@@ -26,9 +27,10 @@ _HOMES = {
     "apply_": "lota.delivery.live",
     "calibration_zero3": "lota.blocks",
     "exchange_": "lota.delivery.live",
+    "importance_zero3": "lota.blocks",
     "sparse_zero3": "lota.blocks",
 }
-_SUBMODULES = ("algebra", "delivery", "kernels", "optim", "plan", "selection", "ticket")
+_SUBMODULES = ("algebra", "delivery", "kernels", "optim", "plan", "retention", "selection", "ticket")
 
 __all__ = [
     "Mask",
@@ -39,6 +41,7 @@ __all__ = [
     "diff",
     "exchange_",
     "extract",
+    "importance_zero3",
     "merge",
     "sparse_zero3",
 ]

@@ -16,6 +16,7 @@ from lota import choices
 from lota.kernels import using
 from lota.ranking import save_ranking
 from lota.ranks.world import join_world
+from lota.retention import load_all
 from lota.selection import (
     Candidates,
     Selection,
@@ -30,8 +31,10 @@ from lota.selection import (
 from lota.selection.kinds import IN_BLOCKS
 from lota.ticket import Mask, Ticket
 from lota.zero.calibration import CalibrationRun
+from lota.zero.compact.pulling import Retained
 from lota.zero.deepspeed.engine import substituted
 from lota.zero.deepspeed.saving import WithoutWrongAdvice
+from lota.zero.importance import ImportanceRun
 from lota.zero.training import SparseRun
 
 _LOG = logging.getLogger("lota")
@@ -169,6 +172,36 @@ def calibration_zero3(
 
 
 @contextmanager
+def importance_zero3(
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    mask: Any = None,
+    max_skipped_steps: int = choices.MAX_SKIPPED_STEPS,
+) -> Iterator[ImportanceRun]:
+    """Collect how important every eligible weight is to a task, with the task's training script inside the block;
+    `run.importance()` afterwards, and `run.importance().save(TICKET)` lets it travel in the task's ticket.
+
+    Nothing is trained: a step squares the gradients of the micro-batches since the last one and leaves the weights as
+    they are. A few dozen micro-batches of a few rows are enough (64 of 4 rows), as long as each has a mean loss of its
+    own: a Trainer wants `average_tokens_across_devices=False`, and `gradient_accumulation_steps=1` or losses that do
+    not count the rows of others. The same micro-batches give the same importance on any number of ranks.
+    include, exclude: patterns over tensor names, as of `calibration_zero3`. mask: (a mask, a ticket or the path of one)
+    collect the exact importance at its active entries too, in 8 bytes an entry on every rank.
+    ValueError for what is wrong or unsupported, before anything runs.
+    """
+    chosen = None if mask is None else _as_mask(mask)
+    run = ImportanceRun(
+        lambda trainable, model, buffers: candidates(trainable, include, exclude, None, buffers),
+        chosen,
+        max_skipped_steps,
+        names_adapters=include is not None,
+    )
+    with _block(run):
+        yield run
+
+
+@contextmanager
 def sparse_zero3(
     mask: Any,
     *,
@@ -179,6 +212,9 @@ def sparse_zero3(
     kernels: str = "auto",
     max_skipped_steps: int = choices.MAX_SKIPPED_STEPS,
     rounding_seed: int | None = None,
+    retain: Sequence[Any] = (),
+    pull: float | None = None,
+    num_steps: int | None = None,
 ) -> Iterator[SparseRun]:
     """Train only the active entries of `mask` with the training script inside the block; `run.save_ticket(path)`
     afterwards.
@@ -202,10 +238,17 @@ def sparse_zero3(
     `communication_data_type: bf16`. rounding_seed: None rounds the fp32 masters into the weights to nearest even; a
     seed rounds them into bf16 weights stochastically, by bits that depend on the seed, the step and the weight's place
     in the model alone, whatever the ranks; with AdamW and RMSprop only.
+    retain, pull: keep what earlier tasks need. After every step each active entry moves back towards its value at the
+    start, the more the larger its importance to them: w = old + (w - old) / (1 + rate * importance), on the fp32
+    masters. retain: `lota.retention.Importance`, or paths of tickets that hold one; several add up. pull: the sum of
+    the rates over the whole run, a number without a unit (10; try 3 and 30): the rate of a step is pull times its
+    learning rate, divided by the sum of all learning rates that the schedule will set. Learn about three times as fast
+    with it. num_steps: how many steps there will be, where the schedule does not tell (transformers' schedules do).
     ValueError for what is wrong or unsupported, before training.
     """
     choices.check_reductions(gradient_reduction, reduce_every)
     choices.check_choice("kernels", kernels, choices.KERNELS)
+    choices.check_pull(pull, retain)
     run = SparseRun(
         _as_mask(mask),
         dense=lambda shapes: dense_tensors(shapes, dense),
@@ -214,6 +257,7 @@ def sparse_zero3(
         reduce_every=reduce_every,
         max_skipped_steps=max_skipped_steps,
         rounding_seed=rounding_seed,
+        retained=None if pull is None else Retained(load_all(retain), float(pull), num_steps),
     )
     del mask  # else this frame would keep its indices on every rank
     with using(kernels, run.device), _block(run):

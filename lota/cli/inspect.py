@@ -22,12 +22,12 @@ def add_parser(commands: Any) -> None:
         commands,
         "inspect",
         run,
-        summary="what a ticket or mask holds, its base, size, and density per layer",
+        summary="print what a ticket or mask holds: its base, size, and density per layer",
         text="""
-Print what a ticket (or a mask) says of itself: how many entries of which tensors, from which base and how it was
-made, its size on disk, and the density per layer and kind of tensor.
+Print what a ticket (or a mask) holds: how many entries of which tensors, its base, how it was made, its size on disk,
+and the density per layer and kind of tensor.
 
-Opening checks all but the values against their checksums; --verify reads and checks everything.""",
+Opening a ticket checks everything but its values against checksums; --verify checks the values too.""",
         examples="""
 lota inspect runs/gsm8k/ticket
 lota inspect runs/gsm8k/ticket --verify
@@ -54,13 +54,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """All that ticket.json and the sizes of the files say, as JSON can hold it."""
+    """Everything in ticket.json, and the sizes of the files, as JSON can hold it."""
+    from lota.retention import FILE_NAME
     from lota.ticket.hub import local_directory
     from lota.ticket.manifest import MANIFEST_NAME
 
     files = sorted({record.file for record in manifest.tensors})
     directory = local_directory(path)
     num_bytes = sum((directory / file).stat().st_size for file in (MANIFEST_NAME, *files))
+    importance = directory / FILE_NAME
     tensors = {
         record.name: {
             "shape": list(record.shape),
@@ -86,6 +88,7 @@ def describe(path: Path, manifest: Manifest) -> dict[str, Any]:
         "base_dtypes": sorted({str(facts["base_dtype"]) for facts in tensors.values() if facts["base_dtype"]}),
         "has_fingerprints": any(record.base is not None for record in manifest.tensors),
         "num_bytes": num_bytes,
+        "importance_bytes": importance.stat().st_size if importance.is_file() else 0,
         "bits_per_eligible_weight": 8 * num_bytes / manifest.eligible if manifest.eligible else 0.0,
         "index_bound": _index_bound(manifest),
         "is_packed": any(record.difference and record.values_dtype is None for record in manifest.tensors),
@@ -124,6 +127,9 @@ def report(facts: dict[str, Any]) -> list[str]:
         if facts["is_packed"]:
             dtypes, undo = ", ".join(facts["base_dtypes"]), "packed as differences to the base's, which give both"
         lines.append(f"{'values':<12}{dtypes}; {undo}")
+    if facts["importance_bytes"]:
+        size = f"{facts['importance_bytes']:,} bytes"
+        lines.append(f"{'importance':<12}of every weight to this ticket's task, in {size}: later tasks can retain it")
     if changed is not None:
         lines.append(f"{'changed':<12}{changed:,} values differ from the base's" + _share(changed, active))
     known = "fingerprint of every tensor" if facts["has_fingerprints"] else "no fingerprints: any base is accepted"

@@ -12,10 +12,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
-from lota.cli.parsers import add_command
+from lota import choices
+from lota.cli.parsers import add_command, complete
 
+_BOOLEANS = ("true", "false")
+_CHOICES = {
+    "method": choices.METHODS,
+    "score": choices.SCORES,
+    "budget": choices.BUDGETS,
+    "gradient_reduction": choices.GRADIENT_REDUCTIONS,
+    "kernels": choices.KERNELS,
+    "shard_group_size": ("node", "world"),
+    "ticket_dtype": ("float32",),
+    "reference": choices.REFERENCES,
+    "ticket_form": choices.TICKET_FORMS,
+    "metrics": ("loss", "exact", "number", "rouge"),
+}
+"""What a shell offers as the value of an option; the job itself checks it."""
 _LAUNCH = """
-On one GPU or CPU it runs as it is. On several, start it as every launcher starts a module:
+On one GPU or CPU run it as it is. On several, start it as a launcher starts a module:
 
   deepspeed --module lota {name} --config FILE                     all GPUs of this machine
   torchrun --nproc-per-node 8 -m lota {name} --config FILE
@@ -30,7 +45,7 @@ def add_parsers(commands: Any) -> dict[str, Callable[[list[str]], None]]:
     declared = (
         ("train", _train, LotaArguments, "fine-tune a model as a ticket", training.format(trl="SFTConfig")),
         ("dpo", _dpo, LotaArguments, "the same on preferences (DPO)", training.format(trl="DPOConfig")),
-        ("calibrate", _calibrate, LotaArguments, "stop at the mask", training.format(trl="SFTConfig")),
+        ("calibrate", _calibrate, LotaArguments, "calibrate, and stop at the mask", training.format(trl="SFTConfig")),
     )
     for name, _, arguments, summary, text in declared:
         parser = add_command(
@@ -50,8 +65,8 @@ def add_parsers(commands: Any) -> dict[str, Callable[[list[str]], None]]:
         _unreachable,
         summary="score a base and tickets on it",
         text="""
-Score a base model and tickets on it, on local rows and on lm-eval's tasks, with one load of the model. Takes the
-options of a training run's data, from its --config file too. docs/evaluation.md defines the metrics.""",
+Score a base model and tickets on it, on local rows and on lm-eval's tasks. The model is loaded once. Takes the data
+options of a training run, also from its --config file. docs/evaluation.md defines the metrics.""",
         examples="""
 lota evaluate --config run.yaml --tickets runs/mine/ticket --metrics loss exact --output results.json""",
     )
@@ -100,14 +115,17 @@ lota matrix runs/five runs/five_full --plot both.png""",
 def add_fields(parser: argparse.ArgumentParser, arguments: type[Any]) -> None:
     """An option for every field of a dataclass of options, with its help text."""
     for entry in fields(arguments):
-        parser.add_argument(f"--{entry.name}", metavar="VALUE", help=help_of(entry).replace("%", "%%"))
+        option = parser.add_argument(f"--{entry.name}", metavar="VALUE", help=help_of(entry).replace("%", "%%"))
+        values = _CHOICES.get(entry.name) or (_BOOLEANS if str(entry.type).startswith("bool") else ())
+        if values:
+            complete(option, values)
 
 
 def help_of(entry: Any) -> str:
-    """The help text of a field of a dataclass of options, with its default where the text does not say it."""
+    """The help text of a field of a dataclass of options, with its default if the text does not have it."""
     text = str(entry.metadata.get("help", ""))
-    says_it = entry.default in (None, MISSING) or text.rstrip(".").endswith(")")
-    return text if says_it else f"{text.rstrip('.')} ({entry.default})."
+    has_it = entry.default in (None, MISSING) or text.rstrip(".").endswith(")")
+    return text if has_it else f"{text.rstrip('.')} ({entry.default})."
 
 
 def _unreachable(args: argparse.Namespace) -> None:

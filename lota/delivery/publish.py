@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lota.delivery.card import CARD_NAME, ticket_card
+from lota.retention import FILE_NAME, Importance
 from lota.ticket import Mask, Ticket, TicketWriter, read_manifest
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -38,6 +39,8 @@ def prepare(source: str | os.PathLike[str], folder: Path, *, licence: str, base:
         (left if key != "model" and _is_local(value) else kept)[key] = value
     kept["model"] = name
     _copy(ticket, folder / "ticket", kept)
+    if (importance := Path(source) / FILE_NAME).is_file():
+        _copy_importance(importance, folder / "ticket", name)
     card = ticket_card(read_manifest(folder / "ticket"))
     card = re.sub(r"# license: .*", f"license: {licence}", card, count=1)
     (folder / "ticket" / CARD_NAME).write_text(card, encoding="utf-8")
@@ -80,6 +83,14 @@ def _copy(ticket: Ticket, folder: Path, provenance: dict[str, Any]) -> None:
     with TicketWriter(folder, mask, provenance, model=ticket.model) as writer:
         for name in ticket.names:
             writer.add(name, ticket.values(name), ticket.base_values(name) if ticket.has_base_values else None)
+
+
+def _copy_importance(path: Path, folder: Path, base: str) -> None:
+    """What the ticket's task needs of all weights, for later tasks to retain; no path of this machine in its facts."""
+    importance = Importance.load(path)
+    facts = {key: value for key, value in importance.facts.items() if key == "model" or not _is_local(value)}
+    importance.facts = facts | ({"model": base} if "model" in facts else {})
+    importance.save(folder)
 
 
 def _is_local(value: Any) -> bool:

@@ -11,17 +11,21 @@ from lota.kernels.ops import (
     mask_op,
     padded_zeros,
     popcount,
+    pull_,
+    pull_rate,
     rmsprop_,
     rmsprop_scalars,
     scatter_,
     scatter_add_,
     squared_norm,
 )
+from lota.kernels.pull import Pull
 from lota.kernels.rounding import fmix64, rounding_key
 
 __all__ = [
     "CHUNK",
     "TILE",
+    "Pull",
     "TileIndex",
     "TileSpans",
     "adamw_",
@@ -34,6 +38,8 @@ __all__ = [
     "mask_op",
     "padded_zeros",
     "popcount",
+    "pull_",
+    "pull_rate",
     "rmsprop_",
     "rmsprop_scalars",
     "rounding_key",

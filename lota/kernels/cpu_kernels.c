@@ -17,6 +17,13 @@ typedef struct {
     int64_t is_narrow;  // offsets are uint16, else int32
 } Index;
 
+// What masters are pulled to, see pull.py.
+typedef struct {
+    const void *old, *importance;
+    const float *rate;
+    int old_dtype, importance_dtype;
+} Pull;
+
 static inline float from_bf16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
     float value;
@@ -101,6 +108,17 @@ static void load_tile(const Index *index, int64_t tile, int count, const void *g
         load_at(gradient, dtype, index->base[tile], offset, 0, count, g);
 }
 
+static void pull_tile(const Pull *pull, int64_t tile, int count, float *restrict w) {
+    const float rate = *pull->rate;
+    float old[TILE], importance[TILE];
+    load_compact(pull->old, pull->old_dtype, tile * TILE, count, old);
+    load_compact(pull->importance, pull->importance_dtype, tile * TILE, count, importance);
+    for (int i = 0; i < count; i++) {
+        const float c = importance[i] * rate;
+        w[i] = w[i] - (w[i] - old[i]) * (c / (1 + c));
+    }
+}
+
 static inline int entries_of(int64_t tile, int64_t num_active) {
     int64_t left = num_active - tile * TILE;
     return left < TILE ? (int)left : TILE;
@@ -109,7 +127,7 @@ static inline int entries_of(int64_t tile, int64_t num_active) {
 void lota_adamw(void *weights, int weights_dtype, const void *gradient, int gradient_dtype, int is_compact, Index index,
                 int64_t num_active, float *restrict master, float *restrict exp_avg, float *restrict exp_avg_sq,
                 const float *scalars, float one_minus_beta1, float beta2, float one_minus_beta2, float eps,
-                const int64_t *rounding, int64_t origin, int num_threads) {
+                const int64_t *rounding, int64_t origin, const Pull *pull, int num_threads) {
     const float scale = scalars[0], decay = scalars[1], step_size = scalars[2], root = scalars[3];
     if (scalars[4] != 0) return;
     const int64_t num_tiles = (num_active + TILE - 1) / TILE;
@@ -126,6 +144,7 @@ void lota_adamw(void *weights, int weights_dtype, const void *gradient, int grad
             v[i] = v[i] * beta2 + x * x * one_minus_beta2;
             w[i] = w[i] * decay - m[i] / (sqrtf(v[i]) / root + eps) * step_size;
         }
+        if (pull) pull_tile(pull, tile, count, w);
         if (rounding)
             store_stochastic(weights, index.base[tile], offset, count, w, *rounding, origin + index.base[tile]);
         else
@@ -136,7 +155,7 @@ void lota_adamw(void *weights, int weights_dtype, const void *gradient, int grad
 void lota_rmsprop(void *weights, int weights_dtype, const void *gradient, int gradient_dtype, int is_compact,
                   Index index, int64_t num_active, float *restrict master, float *restrict square_avg,
                   const float *scalars, float alpha, float one_minus_alpha, float eps,
-                  const int64_t *rounding, int64_t origin, int num_threads) {
+                  const int64_t *rounding, int64_t origin, const Pull *pull, int num_threads) {
     const float scale = scalars[0], weight_decay = scalars[1], lr = scalars[2];
     if (scalars[3] != 0) return;
     const int64_t num_tiles = (num_active + TILE - 1) / TILE;
@@ -152,11 +171,19 @@ void lota_rmsprop(void *weights, int weights_dtype, const void *gradient, int gr
             v[i] = v[i] * alpha + x * x * one_minus_alpha;
             w[i] = w[i] - x / (sqrtf(v[i]) + eps) * lr;
         }
+        if (pull) pull_tile(pull, tile, count, w);
         if (rounding)
             store_stochastic(weights, index.base[tile], offset, count, w, *rounding, origin + index.base[tile]);
         else
             store_at(weights, weights_dtype, index.base[tile], offset, count, w);
     }
+}
+
+void lota_pull(float *restrict master, int64_t numel, const Pull *pull, const float *skip, int num_threads) {
+    if (skip && *skip != 0) return;
+    const int64_t num_tiles = (numel + TILE - 1) / TILE;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (int64_t tile = 0; tile < num_tiles; tile++) pull_tile(pull, tile, entries_of(tile, numel), master + tile * TILE);
 }
 
 // out[k - start] (+)= scale * source[position(k) - origin] for the entries start:stop, in fp32. scale: 1 value or null.

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lota.kernels import reference
 from lota.kernels.index import TileIndex
+from lota.kernels.pull import Pull
 from lota.kernels.reference import mask_op, popcount, squared_norm
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "library",
     "mask_op",
     "popcount",
+    "pull_",
     "rmsprop_",
     "scatter_",
     "scatter_add_",
@@ -106,9 +108,10 @@ def adamw_(
     compact: bool,
     rounding: Tensor | None,
     origin: int,
+    pull: Pull | None,
 ) -> None:
-    if weights.dtype not in _DTYPES or gradient.dtype not in _DTYPES:
-        arguments = (master, exp_avg, exp_avg_sq, scalars, beta1, beta2, eps, compact, rounding, origin)
+    if weights.dtype not in _DTYPES or gradient.dtype not in _DTYPES or not _has_kernel(pull):
+        arguments = (master, exp_avg, exp_avg_sq, scalars, beta1, beta2, eps, compact, rounding, origin, pull)
         reference.adamw_(weights, gradient, index, *arguments)
         return
     library().lota_adamw(
@@ -129,6 +132,7 @@ def adamw_(
         eps,
         None if rounding is None else rounding.data_ptr(),
         origin,
+        _pull(pull),
         torch.get_num_threads(),
     )
 
@@ -145,9 +149,10 @@ def rmsprop_(
     compact: bool,
     rounding: Tensor | None,
     origin: int,
+    pull: Pull | None,
 ) -> None:
-    if weights.dtype not in _DTYPES or gradient.dtype not in _DTYPES:
-        arguments = (master, square_avg, scalars, alpha, eps, compact, rounding, origin)
+    if weights.dtype not in _DTYPES or gradient.dtype not in _DTYPES or not _has_kernel(pull):
+        arguments = (master, square_avg, scalars, alpha, eps, compact, rounding, origin, pull)
         reference.rmsprop_(weights, gradient, index, *arguments)
         return
     library().lota_rmsprop(
@@ -166,6 +171,20 @@ def rmsprop_(
         eps,
         None if rounding is None else rounding.data_ptr(),
         origin,
+        _pull(pull),
+        torch.get_num_threads(),
+    )
+
+
+def pull_(master: Tensor, pull: Pull, skip: Tensor | None) -> None:
+    if not _has_kernel(pull):
+        reference.pull_(master, pull, skip)
+        return
+    library().lota_pull(
+        master.data_ptr(),
+        master.numel(),
+        _pull(pull),
+        None if skip is None else skip.data_ptr(),
         torch.get_num_threads(),
     )
 
@@ -230,6 +249,28 @@ def _index(index: TileIndex) -> _Index:
     return _Index(index.base.data_ptr(), index.offset.data_ptr(), index.offset.dtype == torch.int16)
 
 
+class _Pull(ctypes.Structure):
+    _fields_ = (
+        ("old", ctypes.c_void_p),
+        ("importance", ctypes.c_void_p),
+        ("rate", ctypes.c_void_p),
+        ("old_dtype", ctypes.c_int),
+        ("importance_dtype", ctypes.c_int),
+    )
+
+
+def _has_kernel(pull: Pull | None) -> bool:
+    return pull is None or pull.old.dtype in _DTYPES
+
+
+def _pull(pull: Pull | None) -> Any:
+    """A pointer to the pull as C has it, or a null one."""
+    if pull is None:
+        return None
+    pointers = (tensor.data_ptr() for tensor in pull)
+    return ctypes.byref(_Pull(*pointers, _DTYPES[pull.old.dtype], _DTYPES[pull.importance.dtype]))
+
+
 @functools.cache
 def library() -> Any:
     """The compiled kernels, or None where they cannot be compiled or loaded. Ranks may call this at the same time."""
@@ -250,10 +291,12 @@ def library() -> Any:
 def _declare(loaded: Any) -> None:
     """The functions' arguments, in the order of the C source."""
     pointer, integer, number, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    pull = ctypes.POINTER(_Pull)
     step: list[Any] = [pointer, count, pointer, count, count, _Index, integer]
     arguments: dict[str, list[Any]] = {
-        "lota_adamw": [*step, *[pointer] * 4, *[number] * 4, pointer, integer, count],
-        "lota_rmsprop": [*step, *[pointer] * 3, *[number] * 3, pointer, integer, count],
+        "lota_adamw": [*step, *[pointer] * 4, *[number] * 4, pointer, integer, pull, count],
+        "lota_rmsprop": [*step, *[pointer] * 3, *[number] * 3, pointer, integer, pull, count],
+        "lota_pull": [pointer, integer, pull, pointer, count],
         "lota_gather": [pointer, pointer, count, _Index, pointer, pointer, count, *[integer] * 3, count],
         "lota_move": [pointer, count, _Index, integer, pointer, count, count],
         "lota_scatter": [pointer, count, _Index, integer, pointer, count, pointer, pointer, count],

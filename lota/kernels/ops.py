@@ -17,6 +17,7 @@ from torch import Tensor
 from lota.kernels import reference
 from lota.kernels.backend import backend
 from lota.kernels.index import TILE, TileIndex
+from lota.kernels.pull import Pull
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MASK_OPS = ("and", "andnot", "or", "xor")
@@ -158,6 +159,7 @@ def adamw_(
     compact: bool = True,
     rounding: Tensor | None = None,
     origin: int = 0,
+    pull: Pull | None = None,
 ) -> None:
     """One AdamW step (Loshchilov and Hutter, arXiv 1711.05101) on compact state, scattered into the weights.
 
@@ -172,9 +174,12 @@ def adamw_(
     rounding: None rounds to nearest even; an int64 device scalar (see `rounding_key`) rounds bf16 weights
     stochastically, by bits that hash the key and `origin + position` (see rounding.py). origin: where `weights` begins
     in the space that counts for these bits, so that partitions round as the whole does.
+
+    pull: None, or what w is pulled to before it is stored (the formula stands at `Pull`).
     """
     _check_rounding(rounding, origin, weights)
     _check_step(weights, gradient, index, scalars, 5, compact, master=master, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    _check_pull(pull, index.offset.numel(), weights)
     _check_numbers(beta1=beta1, beta2=beta2, eps=eps)
     if index.num_active:
         backend(weights.device).adamw_(
@@ -191,6 +196,7 @@ def adamw_(
             compact,
             rounding,
             origin,
+            pull,
         )
 
 
@@ -207,6 +213,7 @@ def rmsprop_(
     compact: bool = True,
     rounding: Tensor | None = None,
     origin: int = 0,
+    pull: Pull | None = None,
 ) -> None:
     """One RMSprop step (Hinton's lecture 6e; not centered, no momentum) on compact state, scattered into the weights.
 
@@ -216,11 +223,33 @@ def rmsprop_(
     """
     _check_rounding(rounding, origin, weights)
     _check_step(weights, gradient, index, scalars, 4, compact, master=master, square_avg=square_avg)
+    _check_pull(pull, index.offset.numel(), weights)
     _check_numbers(alpha=alpha, eps=eps)
     if index.num_active:
         backend(weights.device).rmsprop_(
-            weights, gradient, index, master, square_avg, scalars, alpha, eps, compact, rounding, origin
+            weights, gradient, index, master, square_avg, scalars, alpha, eps, compact, rounding, origin, pull
         )
+
+
+def pull_(master: Tensor, pull: Pull, skip: Tensor | None = None) -> None:
+    """The pull alone, on the fp32 compact masters of any optimizer, in place; the formula stands at `Pull`.
+
+    master: fp32, as long as `pull.old` and `pull.importance`. Every entry is pulled, the padding too, which stays zero
+    where the paddings of all three are zeros, as `padded_zeros` makes them. skip: None, or a device scalar; nonzero
+    leaves everything as it is.
+    """
+    _check_compact("master", master, 0, master)
+    if master.dtype != torch.float32:
+        raise ValueError(f"master must be fp32, got {master.dtype}")
+    _check_pull(pull, master.numel(), master, exact=True)
+    if skip is not None:
+        if skip.numel() != 1 or skip.device != master.device:
+            raise ValueError(
+                f"skip must be one value on {master.device}, got shape {tuple(skip.shape)} on {skip.device}"
+            )
+        skip = (skip != 0).float()
+    if master.numel():
+        backend(master.device).pull_(master, pull, skip)
 
 
 def adamw_scalars(
@@ -245,6 +274,15 @@ def rmsprop_scalars(scale: Tensor, skip: Tensor, *, lr: float | Tensor, weight_d
     lr = _checked_lr(lr)
     one = torch.ones_like(scale, dtype=torch.float64)
     return torch.stack((scale.double(), one * weight_decay, one * lr, skip.double())).float()
+
+
+def pull_rate(device: torch.device, *, lr: float | Tensor, mu: float) -> Tensor:
+    """The rate of `Pull`, `lr * mu` computed in float64: an fp32 scalar on `device`; nothing is read back."""
+    _check_numbers(mu=mu)
+    lr = _checked_lr(lr)
+    if isinstance(lr, Tensor):
+        return (lr.double() * mu).float().to(device)
+    return torch.full((), lr * mu, dtype=torch.float32, device=device)
 
 
 def squared_norm(values: Tensor) -> Tensor:
@@ -330,6 +368,16 @@ def _check_step(
         _check_compact(name, tensor, index.offset.numel(), weights)
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name} must be fp32, got {tensor.dtype}")
+
+
+def _check_pull(pull: Pull | None, length: int, beside: Tensor, exact: bool = False) -> None:
+    if pull is None:
+        return
+    _check_compact("pull.old", pull.old, length, beside, exact)
+    _check_compact("pull.importance", pull.importance, length, beside, exact)
+    if pull.importance.dtype == torch.float16:
+        raise ValueError("pull.importance must be bf16 or fp32, got torch.float16: fp16 does not reach far enough")
+    _check_scalar("pull.rate", pull.rate, beside)
 
 
 def _check_rounding(rounding: Tensor | None, origin: int, weights: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lota.kernels.index import TILE, TileIndex
+from lota.kernels.pull import Pull
 from lota.kernels.rounding import random_bits, to_bf16
 
 CPU_CHUNK, DEVICE_CHUNK = 1 << 16, 1 << 22
@@ -105,6 +106,7 @@ def adamw_(
     compact: bool,
     rounding: Tensor | None,
     origin: int,
+    pull: Pull | None,
 ) -> None:
     scale, decay, step_size, sqrt_bias_correction2, skip = scalars.unbind()
     skip = skip != 0
@@ -116,6 +118,7 @@ def adamw_(
         new_v = (v * beta2).add_(g.mul_(g).mul_(1 - beta2))
         denominator = _sqrt(new_v).div_(sqrt_bias_correction2).add_(eps)
         new_w = (w * decay).sub_((new_m / denominator).mul_(step_size))
+        new_w = new_w if pull is None else _pulled(new_w, pull, first, last)
         _store(weights, positions, skip, rounding, origin, (w, new_w), (m, new_m), (v, new_v))
 
 
@@ -131,6 +134,7 @@ def rmsprop_(
     compact: bool,
     rounding: Tensor | None,
     origin: int,
+    pull: Pull | None,
 ) -> None:
     scale, weight_decay, lr, skip = scalars.unbind()
     skip = skip != 0
@@ -140,7 +144,21 @@ def rmsprop_(
         g = _gradient_chunk(gradient, positions, first, last, compact).mul_(scale).add_(w * weight_decay)
         new_v = (v * alpha).add_((g * g).mul_(1 - alpha))
         new_w = w - (g / _sqrt(new_v).add_(eps)).mul_(lr)
+        new_w = new_w if pull is None else _pulled(new_w, pull, first, last)
         _store(weights, positions, skip, rounding, origin, (w, new_w), (v, new_v))
+
+
+def pull_(master: Tensor, pull: Pull, skip: Tensor | None) -> None:
+    for first, last in _chunks(0, master.numel(), master):
+        w = master[first:last]
+        new_w = _pulled(w, pull, first, last)
+        w.copy_(new_w if skip is None else torch.where(skip != 0, w, new_w))
+
+
+def _pulled(w: Tensor, pull: Pull, first: int, last: int) -> Tensor:
+    """The masters of the entries `first:last` after the pull."""
+    c = pull.importance[first:last].float() * pull.rate
+    return w - (w - pull.old[first:last].float()).mul_(c / (1 + c))
 
 
 def _gradient_chunk(gradient: Tensor, positions: Tensor, first: int, last: int, compact: bool) -> Tensor:

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lota.kernels.index import TILE, TileIndex
+from lota.kernels.pull import Pull
 
 OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 WORDS_BLOCK = 4096
@@ -317,6 +318,18 @@ def _load_gradient(gradient_ptr, first, position, in_bounds, i, IS_COMPACT: tl.c
 
 
 @triton.jit
+def _load_pull(old_ptr, importance_ptr, rate_ptr, entry, in_bounds):
+    """fp32 old values of a tile, and the rate of the step times its importance."""
+    old = _to_fp32(tl.load(old_ptr + entry, mask=in_bounds))
+    return old, _to_fp32(tl.load(importance_ptr + entry, mask=in_bounds)) * tl.load(rate_ptr)
+
+
+@triton.jit
+def _pulled(w, old, c):
+    return w - (w - old) * tl.div_rn(c, 1 + c)
+
+
+@triton.jit
 def _is_zero(x, i):
     """Whether a scalar is 0, as a block like `i`: the interpreter cannot combine a scalar's truth with a block's."""
     return ((x.to(tl.int32, bitcast=True) << 1) + i * 0) == 0
@@ -339,10 +352,14 @@ def adamw_kernel(
     eps,
     rounding_ptr,
     origin,
+    old_ptr,
+    importance_ptr,
+    rate_ptr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     IS_COMPACT: tl.constexpr,
     IS_STOCHASTIC: tl.constexpr,
+    IS_PULLED: tl.constexpr,
 ):
     """The skip flag selects old bits instead of branching, so that all loads can start at once.
 
@@ -356,11 +373,15 @@ def adamw_kernel(
     sqrt_bias_correction2 = tl.load(scalars_ptr + 3)
     is_live = in_bounds & _is_zero(tl.load(scalars_ptr + 4), i)
     w, m, v = tl.load(master_ptr + first + i), tl.load(exp_avg_ptr + first + i), tl.load(exp_avg_sq_ptr + first + i)
+    if IS_PULLED:
+        old, c = _load_pull(old_ptr, importance_ptr, rate_ptr, first + i, None)
     g = _load_gradient(gradient_ptr, first, position, in_bounds, i, IS_COMPACT) * scale
     new_m = m + (g - m) * one_minus_beta1
     new_v = v * beta2 + g * g * one_minus_beta2
     denominator = tl.div_rn(tl.sqrt_rn(new_v), sqrt_bias_correction2) + eps
     new_w = w * decay - tl.div_rn(new_m, denominator) * step_size
+    if IS_PULLED:
+        new_w = _pulled(new_w, old, c)
     tl.store(exp_avg_ptr + first + i, tl.where(is_live, new_m, m))
     tl.store(exp_avg_sq_ptr + first + i, tl.where(is_live, new_v, v))
     tl.store(master_ptr + first + i, tl.where(is_live, new_w, w))
@@ -381,6 +402,7 @@ def adamw_(
     compact: bool,
     rounding: Tensor | None,
     origin: int,
+    pull: Pull | None,
     *,
     block: int = TILE,
     num_warps: int = OPTIONS["num_warps"],
@@ -404,10 +426,12 @@ def adamw_(
             eps,
             index.base if rounding is None else rounding,
             origin,
+            *_pull_pointers(pull, index.base),
             TILE=TILE,
             BLOCK=block,
             IS_COMPACT=compact,
             IS_STOCHASTIC=rounding is not None,
+            IS_PULLED=pull is not None,
             **(OPTIONS | {"num_warps": num_warps}),
         )
 
@@ -427,9 +451,13 @@ def rmsprop_kernel(
     eps,
     rounding_ptr,
     origin,
+    old_ptr,
+    importance_ptr,
+    rate_ptr,
     TILE: tl.constexpr,
     IS_COMPACT: tl.constexpr,
     IS_STOCHASTIC: tl.constexpr,
+    IS_PULLED: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * TILE
     i = tl.arange(0, TILE)
@@ -438,9 +466,13 @@ def rmsprop_kernel(
     scale, weight_decay, lr = tl.load(scalars_ptr), tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2)
     is_live = in_bounds & _is_zero(tl.load(scalars_ptr + 3), i)
     w, v = tl.load(master_ptr + first + i), tl.load(square_avg_ptr + first + i)
+    if IS_PULLED:
+        old, c = _load_pull(old_ptr, importance_ptr, rate_ptr, first + i, None)
     g = _load_gradient(gradient_ptr, first, position, in_bounds, i, IS_COMPACT) * scale + w * weight_decay
     new_v = v * alpha + g * g * one_minus_alpha
     new_w = w - tl.div_rn(g, tl.sqrt_rn(new_v) + eps) * lr
+    if IS_PULLED:
+        new_w = _pulled(new_w, old, c)
     tl.store(square_avg_ptr + first + i, tl.where(is_live, new_v, v))
     tl.store(master_ptr + first + i, tl.where(is_live, new_w, w))
     _store_weights(weights_ptr, position, new_w, is_live, rounding_ptr, origin, IS_STOCHASTIC)
@@ -458,6 +490,7 @@ def rmsprop_(
     compact: bool,
     rounding: Tensor | None,
     origin: int,
+    pull: Pull | None,
 ) -> None:
     with _device_of(weights):
         rmsprop_kernel[_grid(index)](
@@ -474,11 +507,52 @@ def rmsprop_(
             eps,
             index.base if rounding is None else rounding,
             origin,
+            *_pull_pointers(pull, index.base),
             TILE=TILE,
             IS_COMPACT=compact,
             IS_STOCHASTIC=rounding is not None,
+            IS_PULLED=pull is not None,
             **OPTIONS,
         )
+
+
+@triton.jit
+def _pull_tile(master_ptr, old_ptr, importance_ptr, rate_ptr, skip_ptr, i, in_bounds, IS_SKIPPABLE: tl.constexpr):
+    w = tl.load(master_ptr + i, mask=in_bounds)
+    old, c = _load_pull(old_ptr, importance_ptr, rate_ptr, i, in_bounds)
+    new_w = _pulled(w, old, c)
+    if IS_SKIPPABLE:
+        new_w = tl.where(_is_zero(tl.load(skip_ptr), i), new_w, w)
+    tl.store(master_ptr + i, new_w, mask=in_bounds)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def pull_kernel(
+    master_ptr, old_ptr, importance_ptr, rate_ptr, skip_ptr, numel, TILE: tl.constexpr, IS_SKIPPABLE: tl.constexpr
+):
+    first = tl.program_id(0).to(tl.int64) * TILE
+    i = first + tl.arange(0, TILE)
+    if first + TILE <= numel:
+        _pull_tile(master_ptr, old_ptr, importance_ptr, rate_ptr, skip_ptr, i, None, IS_SKIPPABLE)
+    else:
+        _pull_tile(master_ptr, old_ptr, importance_ptr, rate_ptr, skip_ptr, i, i < numel, IS_SKIPPABLE)
+
+
+def pull_(master: Tensor, pull: Pull, skip: Tensor | None) -> None:
+    with _device_of(master):
+        pull_kernel[(-(-master.numel() // TILE),)](
+            master,
+            *_pull_pointers(pull, master),
+            master if skip is None else skip,
+            master.numel(),
+            TILE=TILE,
+            IS_SKIPPABLE=skip is not None,
+            **OPTIONS,
+        )
+
+
+def _pull_pointers(pull: Pull | None, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (unused, unused, unused) if pull is None else (_values(pull.old), _values(pull.importance), pull.rate)
 
 
 @triton.jit(do_not_specialize=["numel"])

@@ -29,9 +29,11 @@ from lota.run.resolve import RunOptions
 from lota.run.resume import Resume, wants_resume
 from lota.ticket import Mask
 
+_FOLDER_OF = {"calibrate": "calibration"}
+
 LEFT_BY_A_RUN = (
     *("config.yaml", "examples.txt", "metrics.jsonl", "summary.json", "report.png", "calibration.json"),
-    *("calibration", "protected", "ranking", "mask", "ticket", "adapter", "merged"),
+    *("calibration", "protected", "retained", "ranking", "mask", "ticket", "adapter", "merged"),
 )
 
 
@@ -106,7 +108,7 @@ class RunFolder:
 
     def checkpoints_of(self, phase: str) -> Path:
         """Where the checkpoints of a phase are."""
-        return self.path if phase == "train" else self.path / "calibration"
+        return self.path if phase == "train" else self.path / _FOLDER_OF.get(phase, phase)
 
     def save_mask(self, mask: Mask, facts: dict[str, Any], provenance: dict[str, Any]) -> None:
         """Keep what calibration gave, so that a run which is resumed does not calibrate again. Collective."""

@@ -50,7 +50,10 @@ def facts(plan: DataPlan, config: Any, ranks: int) -> dict[str, Any]:
     }
 
 
-_PATHS = ("model_name_or_path", "train_file", "eval_file", "mask", "protect", "chat_template_path", "tasks_path")
+_PATHS = (
+    *("model_name_or_path", "train_file", "eval_file", "mask", "protect", "tickets", "retain", "kept"),
+    *("chat_template_path", "tasks_path"),
+)
 
 
 def _resolved(options: Mapping[str, Any]) -> dict[str, Any]:

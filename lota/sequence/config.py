@@ -29,6 +29,7 @@ _OF_ALL = (
 """What all tasks have in common: they share one model."""
 _SET_HERE = {
     "tickets": "a sequence puts its own earlier tickets on the base; apply others to the base first",
+    "overlap": "a task whose entries may be those of earlier ones has disjoint: false",
     "keep_importance": "a sequence keeps what later tasks are pulled to",
 }
 _DENSE = (

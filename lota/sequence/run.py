@@ -246,8 +246,8 @@ def stage_options(config: SequenceConfig, task: Task, state: State, folder: Path
                     f"task {task.name}: its mask shares {shared} entries with {other.name}: give another mask, or let "
                     "it overlap (disjoint: false)"
                 )
-    elif task.disjoint and tickets:
-        options["protect"] = [*_listed(options.get("protect")), *tickets]
+    if tickets and not task.disjoint:
+        options["overlap"] = True
     if any(each.keeps_old for each in config.tasks):
         options["keep_importance"] = True
     retain = [*_listed(options.get("retain")), *(tickets if task.keeps_old else [])]

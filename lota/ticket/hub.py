@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
-_FILES = ["ticket.json", "ticket*.safetensors", "README.md"]
+_FILES = ["ticket.json", "ticket*.safetensors", "importance.safetensors", "README.md"]
 
 
 def local_directory(path: str | os.PathLike[str]) -> Path:

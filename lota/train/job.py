@@ -28,9 +28,12 @@ from lota.run.arguments import LotaArguments
 from lota.run.folder import RunFolder, versions
 from lota.run.options import Config, PreferenceConfig, RecipeConfig, parse, require_output_dir
 from lota.run.resolve import RunOptions, resolve
-from lota.ticket import Mask
+from lota.ticket import Mask, Ticket
 from lota.train import lora, whole_model
 from lota.train.calibrate import calibrate, mask_facts
+from lota.train.dial import kept_rows, turn
+from lota.train.divergence import divergence_from_base
+from lota.train.importance import leave_importance, pull_line, retained
 from lota.train.phase import Phase, timed, training_dtype
 from lota.train.print_plan import print_plan
 from lota.train.rehearse import rehearse
@@ -81,6 +84,7 @@ class Job:
     sets: Sets = field(init=False)
     folder: RunFolder = field(init=False)
     mask: Mask | None = None  # until training has it, which keeps its indices on rank 0 only
+    is_disjoint: bool = True  # of the tickets that are on the base
 
 
 @dataclass
@@ -159,12 +163,23 @@ def find_mask(job: Job) -> None:
         )
     job.summary["mask"] = mask_facts(job.options, mask)
     job.mask = mask
+    keeping = job.options.keeping
+    for path in keeping.tickets:
+        shared = mask.overlap(Mask.load(path))
+        job.is_disjoint &= shared == 0
+        if shared and not keeping.overlap:
+            raise ValueError(
+                f"the mask shares {shared} entries with {path}, which is on the base: take another mask, or set "
+                "overlap: true to overwrite them"
+            )
 
 
 def train(job: Job) -> Trained:
     """Rewind to the base and train the active entries. Collective."""
     options = job.options
     mask, job.mask = job.mask, None
+    retain = retained(job.options, job.config, job.folder, job.seconds)
+    kept = kept_rows(options, job.config)
     changes, notes = ds_config.for_sparse_training(job.config)
     for note in notes:
         print_once(note)
@@ -178,12 +193,27 @@ def train(job: Job) -> Trained:
             kernels=options.kernels,
             max_skipped_steps=options.max_skipped_steps,
             rounding_seed=options.rounding_seed,
+            retain=retain,
+            pull=options.keeping.pull,
         ) as run,
     ):
         del mask  # once the engine is built, only rank 0 keeps its indices
-        phase = Phase("train", options, job.config, job.sets, job.folder, **changes)
+        phase = Phase("train", options, job.config, job.sets, job.folder, kept=kept, as_reference=run.base, **changes)
+        if run.retained is not None:
+            run.retained.num_steps = lambda: phase.trainer.num_training_steps
         facts = phase.run()
-    return Trained(phase, facts | {"report": run.report()}, run)
+    if kept:
+        with timed(job.seconds, "dial"):
+            facts |= turn(options, phase, run, job.sets)
+    if not options.is_preference:
+        with timed(job.seconds, "divergence"):
+            facts["kl_to_base"] = divergence_from_base(phase, run)
+        if facts["kl_to_base"] is not None:
+            print_once(f"divergence from the base on the evaluation rows: {facts['kl_to_base']:.4g} nats per token")
+    report = run.report()
+    if "pull" in report:
+        print_once(pull_line(report["pull"]))
+    return Trained(phase, facts | {"report": report}, run)
 
 
 def train_whole(job: Job) -> Trained:
@@ -209,10 +239,15 @@ def deliver_ticket(job: Job, trained: Trained) -> None:
                 "data": job.plan.describe(),
                 "steps": facts["steps"],
                 "learning_rate": job.config.learning_rate,
+                **({"tickets": list(options.keeping.tickets)} if options.keeping.tickets else {}),
+                **({"pull": report["pull"]["asked"]} if "pull" in report else {}),
+                **({"alpha": facts["dial"]["alpha"]} if "dial" in facts else {}),
                 "versions": versions(),
             },
             dtype=torch.float32 if options.ticket_dtype == "float32" else None,
             overwrite=True,  # of a run that was stopped between its ticket and its summary
+            form=options.ticket_form,
+            beside=[Ticket.load(path) for path in options.keeping.tickets] if job.is_disjoint else (),
         )
     folder.write_card(
         {
@@ -229,10 +264,17 @@ def deliver_ticket(job: Job, trained: Trained) -> None:
     print_once(f"held {held / 2**20:.1f} MiB a rank for model states; dense ZeRO-3 would hold {dense / 2**20:.1f} MiB")
     print_once(f"{ticket['num_changed']} of {ticket['num_active']} trained entries changed")
     print_once(f"ticket: {ticket['bytes'] / 2**20:.2f} MiB in {folder.path / 'ticket'}")
+    if options.keeping.keep_importance:
+        job.summary["importance"] = leave_importance(options, job.config, job.sets.train, folder, job.seconds)
     if options.merged:
         with timed(job.seconds, "merged"):
             whole_model.save_applied(
-                options, training_dtype(job.config), folder.path / "ticket", folder.path / "merged", _template(job)
+                options,
+                training_dtype(job.config),
+                folder.path / "ticket",
+                folder.path / "merged",
+                _template(job),
+                is_disjoint=job.is_disjoint,
             )
 
 

@@ -6,15 +6,17 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, disable_progress_bars
+from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
@@ -29,10 +31,12 @@ from lota.run.checkpoints import step_of
 from lota.run.folder import RunFolder
 from lota.run.options import Config
 from lota.run.resolve import RunOptions
+from lota.ticket import Ticket
 from lota.train import lora
 from lota.train.callbacks import Log, NoLastCheckpoint, Progress
 from lota.train.tracking import tracking_of
-from lota.train.trainer import trainer_class
+from lota.train.trainer import SelfReference, trainer_class
+from lota.zero.assign import assign
 
 _DOING = {"calibrate": "calibration", "train": "training"}
 
@@ -47,10 +51,16 @@ class Phase:
         config: Config,
         data: Sets,
         folder: RunFolder,
+        *,
+        tickets: Sequence[str | Path] = (),
+        kept: Mapping[str, Dataset] | None = None,
+        as_reference: Callable[[], AbstractContextManager[Any]] | None = None,
         **changes: Any,
     ) -> None:
-        """changes: values of TrainingArguments for this phase only. Arguments are made afresh for each phase, because
-        DeepSpeed's "auto" values are filled into them."""
+        """tickets: on the model beside those of the run. kept: more rows, by name, for `loss_on`. as_reference: of
+        preferences whose reference is the model itself, what makes it that for a forward pass. changes: values of
+        TrainingArguments for this phase only. Arguments are made afresh for each phase, because DeepSpeed's "auto"
+        values are filled into them."""
         train, evaluation = data
         self.name = name
         where = folder.checkpoints_of(name)
@@ -69,24 +79,35 @@ class Phase:
             transformers_logging.disable_progress_bar()
         # On CPU ranks the arguments set up torch.distributed alone; zero.Init would take the world for one rank.
         deepspeed.init_distributed()
-        leave_if_asked(f"before {_DOING[name]}")
+        self._leave_if_asked()
         # Loading rewinds: nothing of an earlier phase is reused. from_pretrained shards at once, because the
         # arguments above registered the ZeRO-3 configuration.
-        model = load_model(options, config)
+        model = load_model(options, config, tickets)
         # Where embeddings are frozen, reentrant checkpointing cuts the graph unless their output asks for a gradient.
         if self.config.gradient_checkpointing:
             model.enable_input_require_grads()
-        self.trainer = trainer_class(config)(
+        refers_to_itself = options.reference == "ticket" and as_reference is not None
+        has_second = options.reference is not None and not refers_to_itself and options.reference != "precompute"
+        if refers_to_itself:
+            self.config.precompute_ref_log_probs = True
+        self.trainer = trainer_class(config, refers_to_itself)(
             model=model,
-            **({"ref_model": load_model(options, config)} if needs_reference(options, config) else {}),
+            **({"ref_model": load_model(options, config)} if has_second else {}),
             args=self.config,
             train_dataset=train,
-            eval_dataset=evaluation,
+            eval_dataset=evaluation if not kept else dict(kept) | ({"eval": evaluation} if evaluation else {}),
             processing_class=load_tokenizer(options.model, options.revision, options.trust_remote_code),
             peft_config=None if options.adapter is None else lora.peft_config(options.adapter),
         )
+        if refers_to_itself and as_reference is not None:
+            self.trainer.ref_model = SelfReference(self.trainer, as_reference)
+        self._kept: dict[str, Dataset] = {}
+        if kept:
+            self._kept = dict(self.trainer.eval_dataset)
+            self.trainer.eval_dataset = self._kept.pop("eval", None)
         check_positions(model.config, self.prepared, self.config)
         self.trainer.saved_step = None if self._checkpoint is None else step_of(self._checkpoint)
+        self.trainer.has_checkpoints = name != "importance"
         self.trainer.remove_callback(ProgressCallback)
         self.folder = folder
         self._num_dropped = 0 if getattr(self.config, "packing", False) else len(train) - len(self.prepared)
@@ -96,7 +117,8 @@ class Phase:
             self.trainer.add_callback(NoLastCheckpoint())
         # Calibration comes first on the run's one axis of steps.
         first_step = options.calibration.steps if options.calibration is not None and name == "train" else 0
-        for callback in tracking_of(folder.path, config.report_to).callbacks(name, first_step):
+        tracking = tracking_of(folder.path, config.report_to)
+        for callback in tracking.callbacks(name, first_step) if name != "importance" else ():
             self.trainer.add_callback(callback)
         if not self.config.disable_tqdm:
             self.trainer.add_callback(Progress(name))
@@ -106,6 +128,17 @@ class Phase:
         """The training set as TRL tokenized it, which the next phase can take as it is."""
         return self.trainer.train_dataset
 
+    def loss_on(self, name: str | None) -> float:
+        """The model's loss now on the evaluation rows (None), or on kept rows. Collective."""
+        evaluation = self.trainer.eval_dataset
+        prefix = "dial" if name is None else f"dial_{name}"
+        # By a name: TRL would tokenize, and pack, rows once more that are handed over as they are.
+        self.trainer.eval_dataset = {"rows": evaluation if name is None else self._kept[name]}
+        try:
+            return float(self.trainer.evaluate("rows", metric_key_prefix=prefix)[f"{prefix}_loss"])
+        finally:
+            self.trainer.eval_dataset = evaluation
+
     @property
     def num_micro_steps(self) -> int:
         """Backwards of the training so far."""
@@ -113,7 +146,7 @@ class Phase:
 
     def run(self) -> dict[str, Any]:
         """Train, evaluate where there is an evaluation set, and say what happened. Collective."""
-        leave_if_asked(f"before {_DOING[self.name]}")  # loading takes a while
+        self._leave_if_asked()  # loading takes a while
         print_once(f"{self.name}: {batch_arithmetic(self.config, self.trainer.train_dataset)}")
         if self._num_dropped:
             print_once(f"{self.name}: {self._num_dropped} rows dropped, of whose answers max_length leaves nothing")
@@ -144,6 +177,11 @@ class Phase:
         print_once(f"{self.name}: {losses_line(facts)}")
         return facts
 
+    def _leave_if_asked(self) -> None:
+        """Collecting the importance takes a minute and has no checkpoints: the run is then asked again behind it."""
+        if self.name != "importance":
+            leave_if_asked(f"before {_DOING[self.name]}")
+
     def _leave_if_complete(self) -> None:
         """After the last step a run stops only where a checkpoint of that step brings it back here. Without one, to
         finish loses less."""
@@ -163,7 +201,7 @@ class Phase:
         """Destroy the engine and drop model and optimizer, so that the next phase has the memory."""
         for model in (self.trainer, getattr(self.trainer, "ref_model", None)):
             engine = getattr(model, "deepspeed", None) if model is self.trainer else model
-            if engine is not None:
+            if engine is not None and not isinstance(engine, SelfReference):
                 engine.destroy()
         self.trainer.accelerator.free_memory()
         del self.trainer
@@ -172,8 +210,9 @@ class Phase:
             torch.accelerator.memory.empty_cache()
 
 
-def load_model(options: RunOptions, config: Config) -> Any:
-    """The base as it is trained, sharded at once where a ZeRO-3 configuration was registered."""
+def load_model(options: RunOptions, config: Config, tickets: Sequence[str | Path] = ()) -> Any:
+    """The base with the run's tickets and these, as it is trained: sharded at once, because a ZeRO-3 configuration was
+    registered. Collective."""
     model = AutoModelForCausalLM.from_pretrained(
         options.model,
         revision=options.revision,
@@ -182,6 +221,9 @@ def load_model(options: RunOptions, config: Config) -> Any:
         dtype=training_dtype(config),
     )
     model.config.use_cache = False
+    on_it = [Ticket.load(path) for path in (*options.keeping.tickets, *tickets)]
+    if on_it:
+        assign(model, on_it, torch.device(get_accelerator().current_device_name()))
     _name_as_trl_expects(model)
     return model
 
@@ -219,12 +261,6 @@ def check_positions(model_config: Any, rows: Dataset, config: Any) -> None:
             f"a row has {longest} tokens, and the model has {positions} positions: set max_length: {positions}, or "
             "remove such rows"
         )
-
-
-def needs_reference(options: RunOptions, config: Config) -> bool:
-    """Whether DPO loads the base once more. An adapter is switched off instead, and with precompute_ref_log_probs TRL
-    asks the model before it is trained."""
-    return options.is_preference and options.adapter is None and not getattr(config, "precompute_ref_log_probs", False)
 
 
 def losses_line(facts: Mapping[str, Any]) -> str:

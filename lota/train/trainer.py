@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ class WholeCheckpoints:
     control: Any
     accelerator: Any
     _staging: Path | None = None
+    num_training_steps: int | None = None  # as the schedule was made for them
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)  # type: ignore[misc]
@@ -46,6 +49,7 @@ class WholeCheckpoints:
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Some schedules (polynomial) read the optimizer's defaults, which DeepSpeed's own wrapper does not hand on."""
+        self.num_training_steps = num_training_steps
         wrapper = self.optimizer if optimizer is None else optimizer  # type: ignore[attr-defined]
         while not hasattr(wrapper, "defaults") and hasattr(wrapper, "optimizer"):
             if hasattr(wrapper.optimizer, "defaults"):
@@ -135,6 +139,7 @@ class StopsWhenAsked:
     control: Any
     callback_handler: Any
     saved_step: int | None = None
+    has_checkpoints: bool = True  # a phase without any, which is a short one, runs to its end
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -143,7 +148,7 @@ class StopsWhenAsked:
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
     ) -> None:
-        number = signal_received()
+        number = signal_received() if self.has_checkpoints else 0
         if number:
             self.control.should_log = True  # the losses since the last log are not part of a checkpoint
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)  # type: ignore[misc]
@@ -155,9 +160,14 @@ class StopsWhenAsked:
             leave(number, f"after step {step} of {self.state.max_steps}: {self.args.output_dir}/checkpoint-{step}")
 
 
-def trainer_class(config: Config) -> type[Any]:
-    """TRL's trainer for the kind of training that `config` describes, with checkpoints that appear whole."""
-    return _PreferenceTrainer if isinstance(config, PreferenceConfig) else _SupervisedTrainer
+def trainer_class(config: Config, refers_to_itself: bool = False) -> type[Any]:
+    """TRL's trainer for the kind of training that `config` describes, with checkpoints that appear whole.
+
+    refers_to_itself: for preferences whose reference is the model itself; see `SelfReference`.
+    """
+    if isinstance(config, PreferenceConfig):
+        return _SelfReferenceTrainer if refers_to_itself else _PreferenceTrainer
+    return _SupervisedTrainer
 
 
 class _SupervisedTrainer(StopsWhenAsked, WholeCheckpoints, SFTTrainer):
@@ -166,3 +176,33 @@ class _SupervisedTrainer(StopsWhenAsked, WholeCheckpoints, SFTTrainer):
 
 class _PreferenceTrainer(StopsWhenAsked, WholeCheckpoints, DPOTrainer):
     pass
+
+
+class _SelfReferenceTrainer(_PreferenceTrainer):
+    """Made with `precompute_ref_log_probs`, so that TRL makes no second model, and then nothing is precomputed: whoever
+    makes it sets `ref_model` to a `SelfReference`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.precompute_ref_logps = False
+
+    def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset
+
+
+class SelfReference:
+    """The trained model as its own reference: `as_reference` puts the base's values into it for a forward pass."""
+
+    def __init__(self, trainer: Any, as_reference: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._trainer, self._as_reference = trainer, as_reference
+
+    def __call__(self, **inputs: Any) -> Any:
+        """What TRL asks its `ref_model` for, inside `torch.no_grad()`. Collective."""
+        engine = self._trainer.deepspeed
+        was_training = engine.training
+        with self._as_reference():
+            engine.eval()
+            try:
+                return engine(**inputs)
+            finally:
+                engine.train(was_training)

@@ -28,23 +28,39 @@ SHARD_BYTES = 4 << 30
 
 
 def save_applied(
-    options: RunOptions, dtype: torch.dtype, ticket_path: Path, path: Path, template: str | None = None
+    options: RunOptions,
+    dtype: torch.dtype,
+    ticket_path: Path,
+    path: Path,
+    template: str | None = None,
+    *,
+    is_disjoint: bool = True,
 ) -> None:
-    """Write the base, cast to `dtype`, with the ticket's values assigned. template: path of the chat template that the
-    run used, which the folder then has. Rank 0 works, the others wait."""
+    """Write the base, cast to `dtype`, with the run's tickets and this one assigned. template: path of the chat
+    template that the run used, which the folder then has. is_disjoint: whether this one shares no entry with the
+    others; else they are applied one after another. Rank 0 works, the others wait."""
     with together():
         if rank() == 0:
             shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before its summary
-            base = locate(options.model, options.revision)
-            apply_to_checkpoint(
-                base,
-                [Ticket.load(ticket_path)],
-                path,
-                dtype=dtype,
-                trust_remote_code=options.trust_remote_code,
-                finish=lambda folder: _write_template(folder, template),
-                say=print_once,
-            )
+            base: Path = locate(options.model, options.revision)
+            tickets = [Ticket.load(other) for other in [*options.keeping.tickets, str(ticket_path)]]
+            steps = [tickets] if is_disjoint else [[one] for one in tickets]
+            for number, on_it in enumerate(steps, start=1):
+                is_last = number == len(steps)
+                target = path if is_last else path.with_name(f".merged.partial-{number}")
+                shutil.rmtree(target, ignore_errors=True)
+                apply_to_checkpoint(
+                    base,
+                    on_it,
+                    target,
+                    dtype=dtype,
+                    trust_remote_code=options.trust_remote_code,
+                    finish=lambda folder: _write_template(folder, template),
+                    say=print_once,
+                )
+                if number > 1:
+                    shutil.rmtree(base)
+                base = target
             print_once(f"merged model in {path}")
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lota.ticket import BaseTensor
+from lota.ticket import BaseTensor, Ticket
 from lota.ticket.fingerprint import fingerprint, to_hex
 from lota.ticket.manifest import WHOLE_DTYPES
 from lota.ticket.rows import row_size
@@ -78,6 +79,19 @@ def buffer_fingerprints(buffers: Mapping[str, Tensor]) -> dict[str, BaseTensor]:
         for name, buffer in buffers.items()
         if buffer.dtype in _BUFFER_DTYPES
     }
+
+
+def without_tickets(base: Mapping[str, BaseTensor], tickets: Sequence[Ticket]) -> dict[str, BaseTensor]:
+    """Identity of a base before the tickets that are on it, which share no entry with one another. Fingerprints are
+    linear: what a ticket added is taken out again."""
+    made = dict(base)
+    for ticket in tickets:
+        for name in ticket.names:
+            change = ticket.mask.change(name)
+            assert change is not None, "a packed ticket is not assigned to a sharded model"
+            found = made[name]
+            made[name] = replace(found, fingerprint=f"{(int(found.fingerprint, 16) - change) % _MODULUS:016x}")
+    return made
 
 
 def frozen_identity(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from lota import plan
+from lota import choices, plan
 from lota.choices import MAX_SKIPPED_STEPS, check_rounding_seed
 from lota.kernels import backend_name
 from lota.messages import did_you_mean
@@ -29,13 +29,14 @@ from lota.zero.buffers import StoredBuffers
 from lota.zero.compact.groups import check_shard_group_size, connect, make_groups
 from lota.zero.compact.mask_counts import mask_counts
 from lota.zero.compact.outline import MaskOutline
+from lota.zero.compact.pulling import Pulling, Retained
 from lota.zero.compact.training import SparseTraining
 from lota.zero.compact.update import choose_update
 from lota.zero.deepspeed import weights
 from lota.zero.deepspeed.optimizer import SparseOptimizer
 from lota.zero.deepspeed.settings import communication_dtype, gather_limits
-from lota.zero.exchange import base_in_place, ticket_in_place
-from lota.zero.fingerprints import differing, dtype_name, frozen_identity, replicas_agree
+from lota.zero.exchange import base_in_place, fraction_in_place, settle, ticket_in_place
+from lota.zero.fingerprints import differing, dtype_name, frozen_identity, replicas_agree, without_tickets
 from lota.zero.freeze import Freeze
 from lota.zero.new_tensors import class_name, model_facts, new_tensors, refuse_new
 from lota.zero.save_ticket import base_put_back, collect, deliver
@@ -64,6 +65,7 @@ class SparseRun(BlockRun):
         dense: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, Rows]] | None = None,
         max_skipped_steps: int = MAX_SKIPPED_STEPS,
         rounding_seed: int | None = None,
+        retained: Retained | None = None,
     ) -> None:
         super().__init__(max_skipped_steps)
         self._given: Mask | None = mask
@@ -73,6 +75,7 @@ class SparseRun(BlockRun):
         self._mask: Mask | None = mask
         self._rounding_seed = check_rounding_seed(rounding_seed)
         self._shard_group_size, self._reduce_every = shard_group_size, reduce_every
+        self.retained = retained
         self._gradient_reduction, self._reduction_reason = gradient_reduction, "as asked"
         self._kernels = ""
         self.is_exchanged = False
@@ -98,6 +101,8 @@ class SparseRun(BlockRun):
         named = self._dense(buffer_shapes | shapes) if self._dense is not None else {}
         mask = given.with_dense({name: ((buffer_shapes | shapes)[name], rows) for name, rows in named.items()}, {})
         self._check_fits(mask, given, model, config)
+        for importance in self.retained.importances if self.retained is not None else ():
+            importance.check_fits({name: mask.shape(name) for name in mask.names})
         self._new = new_tensors(model) | {name: base.rows for name, base in given.base.items() if base.rows is not None}
         refuse_new(self._new, model, lambda name, rows: name in mask.names and mask.has_all(name, rows))
         self._buffers = StoredBuffers(model, [name for name in mask.names if name not in shapes])
@@ -181,6 +186,7 @@ class SparseRun(BlockRun):
             reduce_every=self._reduce_every,
             gradient_reduction=self._gradient_reduction,
             wire=communication_dtype(engine),
+            retained=self.retained,
         )
         self.core.extra = buffers.vectors
         self._given = None
@@ -203,8 +209,14 @@ class SparseRun(BlockRun):
             "mask": mask,
             "optimizer": self._training.update.name,
             "rounding_seed": self._rounding_seed,
+            **({} if self.retained is None else {"pull": self.retained.identity}),
             **super()._identity(),
         }
+
+    def before_step(self) -> None:
+        super().before_step()
+        if self._training.pulling is not None:
+            self._training.pulling.begin(self.engine.optimizer.optimizer, self.engine.lr_scheduler)
 
     def _decide_reduction(self, optimizer: Any, engine: Any, weights_device: torch.device) -> None:
         """Decide `auto` by the planner, the same way on all ranks, and log it once. Collective."""
@@ -220,7 +232,7 @@ class SparseRun(BlockRun):
         def plan_of(kind: str) -> plan.MethodPlan:
             item_bytes = max(part.data.element_size() for part in weights.partitions(engine.module))
             model = plan.ModelShapes("", weights.shapes(engine.module), 0, item_bytes)
-            return plan.lota(model, layout, counts(), reduction=kind)
+            return plan.lota(model, layout, counts(), reduction=kind, is_pulled=self.retained is not None)
 
         self._gradient_reduction, self._reduction_reason = plan.choose_reduction(
             plan_of,
@@ -231,9 +243,9 @@ class SparseRun(BlockRun):
         if dist.get_rank() == 0:
             _LOG.info("gradient_reduction %s", self._reduction_reason)
 
-    def _plan_layout(self, optimizer: Any, engine: Any) -> plan.Layout:
+    def _plan_layout(self, optimizer: Any, engine: Any) -> plan.RankLayout:
         reduction, limits = self.groups.reduction, gather_limits(engine)
-        return plan.Layout(
+        return plan.RankLayout(
             ranks=reduction.world_size,
             shard_group_size=reduction.shard_size,
             gradient_accumulation_steps=engine.gradient_accumulation_steps(),
@@ -267,6 +279,7 @@ class SparseRun(BlockRun):
             "communication_dtype": dtype_name(training.wire),
             "kernels": self._kernels,
             "shard_group_size": shards,
+            **({} if training.pulling is None else {"pull": _pull_report(training.pulling)}),
             "steps": training.num_steps,
             "skipped_steps": training.num_skipped(),
             "bytes_held": {
@@ -291,6 +304,24 @@ class SparseRun(BlockRun):
         training = self._training
         with self._exchanged(), base_in_place(training, self.engine.optimizer):
             yield self.engine.module
+
+    @contextmanager
+    def at(self, alpha: float) -> Iterator[Any]:
+        """A point between the values at the start and the trained ones, for the length of a `with`: alpha 0 is the
+        start, 1 the trained model. Collective; no step may be taken inside."""
+        choices.check_alpha(alpha)
+        training = self._training
+        with self._exchanged(), fraction_in_place(training, self.engine.optimizer, alpha):
+            yield self.engine.module
+
+    def settle(self, alpha: float) -> None:
+        """Make a point between the values at the start and the trained ones the outcome of the run: the ticket that is
+        saved holds it. Collective."""
+        choices.check_alpha(alpha)
+        if self.is_exchanged:
+            raise ValueError("settle inside run.base(), run.applied() or run.at(): leave it first")
+        if alpha != 1:
+            settle(self._training, self.engine.optimizer, alpha)
 
     @contextmanager
     def applied(self, ticket: Ticket) -> Iterator[Any]:
@@ -336,12 +367,17 @@ class SparseRun(BlockRun):
         *,
         dtype: torch.dtype | None = None,
         overwrite: bool = False,
+        beside: Sequence[Ticket] = (),
+        form: str = "plain",
     ) -> dict[str, Any]:
         """Verify that no frozen bit of the model moved, then write the ticket. Collective; rank 0 writes.
 
         Persistent buffers count: one that moved and is not stored (`dense`) is an error. Those that are stored have
         rank 0's values.
 
+        beside: tickets that were on the base when the run began and share no entry with its mask: the ticket is then
+        of the base without them, so that each can be applied and taken out without the others.
+        form: `packed` stores differences to the base's values, in about half of the bytes (see `TicketWriter`).
         dtype: None stores the weights' own bits, torch.float32 the masters. Returns counts and bytes on every rank.
         Raises RuntimeError where a frozen entry changed (a fault, or a script that wrote into the weights), and
         ValueError or OSError where the ticket cannot be written; then nothing is left at `path`.
@@ -366,8 +402,9 @@ class SparseRun(BlockRun):
             )
         buffers = self._stored_buffers()
         buffers.check_unmoved(reduction.world, self.device)
-        base = {name: self.base_identity[name] for name in self.outline.names}
-        frozen = frozen_identity(self.base_identity | buffers.base, self._new, {*base, *buffers.stored})
+        identity = without_tickets(self.base_identity, beside)
+        base = {name: identity[name] for name in self.outline.names}
+        frozen = frozen_identity(identity | buffers.base, self._new, {*base, *buffers.stored})
         return deliver(
             training,
             self.outline.with_base(base),
@@ -378,8 +415,20 @@ class SparseRun(BlockRun):
             model=model_facts(self.engine.module) if self._new else None,
             dtype=dtype,
             overwrite=overwrite,
+            form=form,
             device=self.device,
         )
+
+
+def _pull_report(pulling: Pulling) -> dict[str, Any]:
+    """asked, and what the rates of all steps add up to, by parameter group; how many of this rank's entries have an
+    importance above 0; what it is the importance of."""
+    return {
+        "asked": pulling.retained.pull,
+        "reached": list(pulling.reached().values()),
+        "num_pulled_this_rank": pulling.num_pulled,
+        "retained": [importance.facts for importance in pulling.retained.importances],
+    }
 
 
 def _is_applied(base: BaseTensor, change: int, found: BaseTensor) -> bool:

@@ -7,10 +7,12 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 import yaml
 
 from lota.cli import main as cli
 from lota.delivery.publish import prepare, push
+from lota.retention import Importance
 from lota.ticket import Mask, Ticket, read_manifest
 from tests.algebra.test_algebra import ticket_of
 from tests.delivery.test_folders import save_base
@@ -52,6 +54,21 @@ def test_names_stand_where_paths_do(published: Ticket, tmp_path: Path, capsys: p
         assert "expected a ticket's directory" in capsys.readouterr().err
     (tmp_path / "me" / "math").mkdir(parents=True)  # what is here comes before the hub
     assert cli(["inspect", "me/math"]) == 2
+
+
+def test_its_importance_is_uploaded_and_found_by_name(published: Ticket, tmp_path: Path) -> None:
+    shapes = {name: published.mask.shape(name) for name in published.names}
+    rows = {name: torch.ones(shape[0]) for name, shape in shapes.items()}
+    columns = {name: torch.full((shape[1],), shape[0] / shape[1]) for name, shape in shapes.items()}
+    facts = {"model": "/home/me/base", "data": "/home/me/rows.jsonl", "micro_batches": 64}
+    Importance(shapes, rows, columns, facts=facts).save(tmp_path / "plain")
+    prepare(tmp_path / "plain", tmp_path / "out", licence="mit", base="meta/base")
+    copied = Importance.load(tmp_path / "out" / "ticket")
+    assert copied.facts == {"model": "meta/base", "micro_batches": 64}
+    assert copied.digest == Importance.load(tmp_path / "plain").digest
+    snapshot = tmp_path / "cache" / "models--me--math" / "snapshots" / COMMIT
+    copied.save(snapshot)
+    assert Importance.load("me/math").digest == copied.digest
 
 
 def test_what_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ import lota
 import lota.blocks
 from lota import plan
 from lota.plan.methods import ENCODED_MASK
+from lota.retention import Importance
+from lota.retention.factors import matrices
 from lota.selection import eligible
 from lota.zero.compact.mask_counts import mask_counts
 from tests.counting import Traffic
@@ -167,7 +169,7 @@ def _block_and_plan(
     is_uneven = options.pop("uneven", False)
     shapes = plan.shapes_of_config(config, case)
     names = eligible(shapes.shapes)
-    layout = plan.Layout(
+    layout = plan.RankLayout(
         ranks=torch.distributed.get_world_size(),
         shard_group_size=options.get("shard_group_size"),
         gradient_accumulation_steps=ACCUMULATION,
@@ -198,8 +200,19 @@ def _block_and_plan(
         counts,
         reduction=options.get("gradient_reduction", "compact"),
         reduce_every=options.get("reduce_every", "micro_step"),
+        is_pulled="pull" in options,
     )
+    if "pull" in options:
+        options = options | {"retain": [_importance(trained)], "num_steps": 100}
     return lota.sparse_zero3(mask, **options), made
+
+
+def _importance(shapes: dict[str, tuple[int, ...]]) -> Importance:
+    """All entries matter alike."""
+    sizes = {name: matrices(shape) for name, shape in shapes.items()}
+    rows = {name: torch.full((number * height,), float(width)) for name, (number, height, width) in sizes.items()}
+    columns = {name: torch.full((number * width,), float(height)) for name, (number, height, width) in sizes.items()}
+    return Importance(shapes, rows, columns)
 
 
 def _random_mask(shapes: dict[str, tuple[int, ...]], density: float) -> lota.Mask:

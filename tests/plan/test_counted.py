@@ -51,6 +51,7 @@ def test_held_and_sent_by_the_rest(ranks, case, method):
     [
         {"shard_group_size": 1},
         {"reduce_every": "step"},
+        {"pull": 10.0},
         {"communication_data_type": "bf16"},
         {
             "gradient_reduction": "dense",

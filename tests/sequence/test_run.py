@@ -216,17 +216,18 @@ def test_the_options_of_a_later_stage(world: Path, tmp_path: Path) -> None:
         return stage_options(found, found.tasks[2], state, folder)
 
     plain = options({})
-    assert plain["tickets"] == plain["protect"] == earlier and plain["output_dir"] == str(folder / "03-shift")
-    assert not {"retain", "pull", "keep_importance", "resume_from_checkpoint", "merged", "disjoint"} & plain.keys()
+    assert plain["tickets"] == earlier and plain["output_dir"] == str(folder / "03-shift")
+    unused = {"retain", "pull", "keep_importance", "resume_from_checkpoint", "merged", "disjoint", "protect", "overlap"}
+    assert not unused & plain.keys()
     assert plain["model_name_or_path"] == str(world / "base") and plain["train_file"].endswith("shift_train.jsonl")
-    assert options({"protect": [str(tmp_path / "mine")]})["protect"] == [str(tmp_path / "mine"), *earlier]
+    assert options({"protect": [str(tmp_path / "mine")]})["protect"] == [str(tmp_path / "mine")]
     overlapping = options({"disjoint": False})
-    assert overlapping["tickets"] == earlier and "protect" not in overlapping
+    assert overlapping["tickets"] == earlier and overlapping["overlap"] is True
     tickets = [folder / name / "ticket" for name in ("01-copy", "02-sort")]
     shared = "task shift: its mask shares .* entries with sort: give another mask, or let it overlap"
     with pytest.raises(ValueError, match=shared):
         options({"mask": str(tickets[1])})
-    assert "protect" not in options({"mask": str(tmp_path / "mine")})
+    assert "overlap" not in options({"mask": str(tmp_path / "mine")})
     assert options({"mask": str(tickets[1]), "disjoint": False})["tickets"] == earlier
 
     state.tasks[0].is_removed = True

@@ -16,6 +16,7 @@ from lota.kernels import gather, gather_add_, squared_norm
 from lota.ticket import Mask
 from lota.zero.checkpoint.vectors import Vector
 from lota.zero.compact.layout import Slot, owned_range, partition_numel
+from lota.zero.compact.pulling import Pulling, Retained
 from lota.zero.compact.reduction import GradientReducer, ReductionGroups
 from lota.zero.compact.state import CompactState
 from lota.zero.compact.step_gradients import StepGradients
@@ -42,7 +43,7 @@ class SparseTraining:
     device: where gradients appear. bucket_numel: most entries of a reduction bucket. reduce_every: micro_step or step.
     gradient_reduction: compact, or dense, which reduces whole gradients and compacts what this rank owns as it arrives,
     for which it needs only its share of the index; not every step, which would keep whole gradients. wire: dtype in
-    which gradients are sent, fp32 or bf16.
+    which gradients are sent, fp32 or bf16. retained: what the run is pulled to, in 4 bytes an active entry.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class SparseTraining:
         reduce_every: str,
         gradient_reduction: str = "compact",
         wire: torch.dtype = torch.float32,
+        retained: Retained | None = None,
     ) -> None:
         assert not (reduce_every == "step" and gradient_reduction == "dense")
         self.update, self.groups, self.device = update, groups, device
@@ -77,6 +79,8 @@ class SparseTraining:
         for state in self.states:
             for name in update.moment_names:
                 state.add_moment(name)
+        self.pulling = None if retained is None else Pulling(retained, self.states, mask)
+        update.pulling = self.pulling
         place = {slot.name: (state, slot) for state in self.states for slot in state.layout.slots}
         # One order for all groups of tensors, the mask's, so that every rank sends buckets in the same order.
         self._place = {name: place[name] for name in mask.names if name in place}
@@ -251,7 +255,8 @@ class SparseTraining:
     def numbers(self) -> dict[str, Any]:
         """Counts that a checkpoint keeps, and what the update keeps beside its moments."""
         update = self.update.numbers(self.states)
-        return {"steps": self.num_steps, "skipped": self.num_skipped(), "update": update}
+        numbers = {"steps": self.num_steps, "skipped": self.num_skipped(), "update": update}
+        return numbers if self.pulling is None else numbers | {"pull": self.pulling.numbers()}
 
     def vectors(self) -> list[Vector]:
         """Masters and moments of this rank's active entries, tensor by tensor."""
@@ -266,6 +271,8 @@ class SparseTraining:
 
     def prepare_restore(self, numbers: Mapping[str, Any], keys: set[str]) -> None:
         self.update.prepare_restore(self.states, numbers["update"])
+        if self.pulling is not None:
+            self.pulling.restore(numbers["pull"], self.states[0].master.device)
 
     def restored(self, numbers: Mapping[str, Any]) -> None:
         """The weights follow the masters, as after a step."""
@@ -294,7 +301,7 @@ class SparseTraining:
             for kind, size in state.nbytes().items():
                 total[kind] = total.get(kind, 0) + size
         total["moments"] += self.update.nbytes()
-        return total
+        return total if self.pulling is None else total | self.pulling.nbytes()
 
 
 def _one_by_one(tensor_groups: Sequence[TensorGroup], size: int) -> tuple[TensorGroup, ...]:

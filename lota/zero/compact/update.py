@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lota.kernels import TILE, adamw_, adamw_scalars, rmsprop_, rmsprop_scalars, rounding_key, scatter_
+from lota.kernels import TILE, adamw_, adamw_scalars, pull_, rmsprop_, rmsprop_scalars, rounding_key, scatter_
 from lota.zero.checkpoint import state_codec
 from lota.zero.compact.flat_optimizer import FlatOptimizer, Part
+from lota.zero.compact.pulling import Pulling
 from lota.zero.compact.state import CompactState
 from lota.zero.compact.trial import check_admitted
 
@@ -30,6 +31,7 @@ class Update(Protocol):
     name: str
     moment_names: tuple[str, ...]
     rounding_seed: int | None
+    pulling: Pulling | None
 
     def step(self, states: Sequence[CompactState], settings: Settings, scale: Tensor, skip: Tensor) -> None:
         """scale, skip: fp32 and bool scalars on the device of the states. The gradients may be overwritten."""
@@ -62,12 +64,15 @@ class _KernelUpdate:
     rounding_seed: None rounds masters to nearest even; a seed rounds them stochastically (see `lota.kernels.adamw_`).
     """
 
+    pulling: Pulling | None = None
+
     def __init__(self, rounding_seed: int | None = None) -> None:
         self.rounding_seed = rounding_seed
         self._steps: dict[int, Tensor] = {}
 
     def step(self, states: Sequence[CompactState], settings: Settings, scale: Tensor, skip: Tensor) -> None:
         prepared: dict[int, tuple[Tensor, Tensor | None]] = {}
+        rates = _rates(self.pulling, states, settings, skip)
         for state in states:
             group = settings[state.group]
             if state.group not in prepared:
@@ -75,7 +80,10 @@ class _KernelUpdate:
                 prepared[state.group] = self._scalars(group, scale, skip, number), self._key(number)
             # scalars: fp32, what changes with the step (learning rate, bias corrections, scale, skip), on the device
             scalars, key = prepared[state.group]
-            self._update(state, group, scalars, _rounding(state, key))
+            options = _rounding(state, key)
+            if self.pulling is not None:
+                options["pull"] = self.pulling.of(state, rates[state.group])
+            self._update(state, group, scalars, options)
 
     def _count(self, group: int, skip: Tensor) -> Tensor:
         """The number of this step, a float64 device scalar that a skipped step leaves alone."""
@@ -89,7 +97,8 @@ class _KernelUpdate:
     def _scalars(self, group: dict[str, Any], scale: Tensor, skip: Tensor, number: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _update(self, state: CompactState, group: dict[str, Any], scalars: Tensor, rounding: dict[str, Any]) -> None:
+    def _update(self, state: CompactState, group: dict[str, Any], scalars: Tensor, options: dict[str, Any]) -> None:
+        """options: of the kernel, for rounding and for the pull."""
         raise NotImplementedError
 
     def write_weights(self, states: Sequence[CompactState]) -> None:
@@ -115,6 +124,15 @@ class _KernelUpdate:
         }
 
 
+def _rates(
+    pulling: Pulling | None, states: Sequence[CompactState], settings: Settings, skip: Tensor
+) -> dict[int, Tensor]:
+    """The rates of this step's pull, by parameter group. Called once a step."""
+    if pulling is None:
+        return {}
+    return {group: pulling.rate(group, settings[group]["lr"], skip) for group in {state.group for state in states}}
+
+
 def _rounding(state: CompactState, key: Tensor | None) -> dict[str, Any]:
     """Arguments of the kernels."""
     return {} if key is None else {"rounding": key, "origin": state.origin}
@@ -132,7 +150,7 @@ class AdamW(_KernelUpdate):
             scale, skip, number, lr=group["lr"], weight_decay=group["weight_decay"], beta1=beta1, beta2=beta2
         )
 
-    def _update(self, state: CompactState, group: dict[str, Any], scalars: Tensor, rounding: dict[str, Any]) -> None:
+    def _update(self, state: CompactState, group: dict[str, Any], scalars: Tensor, options: dict[str, Any]) -> None:
         beta1, beta2 = map(float, group["betas"])
         adamw_(
             state.weights,  # this rank's partition, 16 bit, dense: only active positions are written
@@ -145,7 +163,7 @@ class AdamW(_KernelUpdate):
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
-            **rounding,
+            **options,
         )
 
 
@@ -158,7 +176,7 @@ class RMSprop(_KernelUpdate):
     def _scalars(self, group: dict[str, Any], scale: Tensor, skip: Tensor, number: Tensor) -> Tensor:
         return rmsprop_scalars(scale, skip, lr=group["lr"], weight_decay=group["weight_decay"])
 
-    def _update(self, state: CompactState, group: dict[str, Any], scalars: Tensor, rounding: dict[str, Any]) -> None:
+    def _update(self, state: CompactState, group: dict[str, Any], scalars: Tensor, options: dict[str, Any]) -> None:
         rmsprop_(
             state.weights,
             state.gradient,
@@ -168,7 +186,7 @@ class RMSprop(_KernelUpdate):
             scalars,
             alpha=group["alpha"],
             eps=group["eps"],
-            **rounding,
+            **options,
         )
 
 
@@ -177,6 +195,7 @@ class TorchOptimizer:
 
     moment_names: tuple[str, ...] = ()
     rounding_seed: int | None = None
+    pulling: Pulling | None = None
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.name = type(optimizer).__name__
@@ -185,11 +204,15 @@ class TorchOptimizer:
         self._empty: dict[int, Part] = {}
 
     def step(self, states: Sequence[CompactState], settings: Settings, scale: Tensor, skip: Tensor) -> None:
+        rates = _rates(self.pulling, states, settings, skip)
         if bool(skip):
             return
         for state in states:
             state.gradient.mul_(scale)  # the kernels take the scale as an argument; a torch optimizer cannot
         self._optimizer.step([self._part(state) for state in states])
+        for state in states:
+            if self.pulling is not None and state.master.numel():
+                pull_(state.master, self.pulling.of(state, rates[state.group]))
         self.write_weights(states)
 
     def _part(self, state: CompactState) -> Part:
