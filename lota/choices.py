@@ -19,6 +19,8 @@ BUDGETS = ("global", "per_tensor")
 GRADIENT_REDUCTIONS = ("auto", "compact", "dense")
 REDUCE_EVERY = ("micro_step", "step")
 KERNELS = ("auto", "torch", "triton")
+FISHERS = ("empirical", "true")
+"""Of an importance: by the answers of the rows, or by answers that are sampled from the model."""
 REFERENCES = ("ticket", "model", "precompute")
 """Of preferences: the model itself with the base's values put back at the active entries; a second model; the base's
 answers computed before training."""

@@ -24,6 +24,7 @@ _CHOICES = {
     "kernels": choices.KERNELS,
     "shard_group_size": ("node", "world"),
     "ticket_dtype": ("float32",),
+    "fisher": choices.FISHERS,
     "reference": choices.REFERENCES,
     "ticket_form": choices.TICKET_FORMS,
     "metrics": ("loss", "exact", "number", "rouge"),

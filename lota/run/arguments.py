@@ -65,6 +65,10 @@ class LotaArguments(SourceArguments):
     keep_importance: bool = field(
         default=False, metadata={"help": "Keep in the ticket what this task needs of all weights, for retain later on."}
     )
+    fisher: str = field(
+        default="empirical",
+        metadata={"help": "By whose answers: empirical (the rows'), or true (tokens sampled from the model)."},
+    )
     importance_batches: int = field(
         default=choices.IMPORTANCE_BATCHES,
         metadata={"help": f"Micro-batches for that, of at most {choices.IMPORTANCE_ROWS} rows."},

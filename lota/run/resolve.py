@@ -46,7 +46,8 @@ class Calibration:
 @dataclass(frozen=True)
 class Keeping:
     """What earlier tasks are kept by. tickets: on the base when the run begins. retain: paths of tickets (or importance
-    files), or rows. pull: None for none. importance_batches: from how many micro-batches an importance is collected.
+    files), or rows. pull: None for none. importance_batches: from how many micro-batches an importance is collected,
+    and fisher by whose answers (`choices.FISHERS`).
     keep_importance: whether this run leaves its own. kept: by name, rows to measure at the points `alphas` between old
     and new values, of which the largest within `forget_budget` (nats per token; None: 1) is delivered."""
 
@@ -56,6 +57,7 @@ class Keeping:
     pull: float | None
     keep_importance: bool
     importance_batches: int
+    fisher: str
     kept: Mapping[str, DataPlan]
     alphas: tuple[float, ...]
     forget_budget: float | None
@@ -201,7 +203,7 @@ def resolve(
     _check_rounding(args.rounding_seed, config)
     for path in args.protect or ():
         Mask.load(path)
-    keeping = _keeping(args, unused)
+    keeping = _keeping(args, config, unused)
     return RunOptions(
         method=args.method,
         model=args.model_name_or_path,
@@ -261,7 +263,7 @@ _CALIBRATION = (
 
 _SPARSE = ("shard_group_size", "gradient_reduction", "kernels", "rounding_seed", "ticket_dtype", "ticket_form")
 
-_PULL = ("retain", "pull", "keep_importance", "importance_batches", "kept", "alphas", "forget_budget")
+_PULL = ("retain", "pull", "keep_importance", "importance_batches", "fisher", "kept", "alphas", "forget_budget")
 
 _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
 
@@ -287,7 +289,7 @@ def _reference(args: LotaArguments, config: Config, unused: _Unused) -> str | No
     return chosen
 
 
-def _keeping(args: LotaArguments, unused: _Unused) -> Keeping:
+def _keeping(args: LotaArguments, config: Config, unused: _Unused) -> Keeping:
     """Check what is to be kept of earlier tasks; opens the tickets and the importance files."""
     tickets = [Ticket.load(path) for path in args.tickets or ()]
     for path, ticket in zip(args.tickets or (), tickets, strict=True):
@@ -297,6 +299,8 @@ def _keeping(args: LotaArguments, unused: _Unused) -> Keeping:
             raise ValueError(f"{path} holds no base values, so nobody knows what it changes: make it with them")
     if args.overlap and not tickets:
         unused.drop("no tickets are given", ("overlap",))
+    if args.fisher == "true" and isinstance(config, PreferenceConfig):
+        raise ValueError("fisher: true samples answers to examples, and preferences have none: remove it")
     retain = tuple(_retained(item) for item in args.retain or ())
     if retain and args.pull is None:
         args.pull = choices.PULL
@@ -304,7 +308,8 @@ def _keeping(args: LotaArguments, unused: _Unused) -> Keeping:
     if args.importance_batches < 1:
         raise ValueError(f"importance_batches must be at least 1, got {args.importance_batches}")
     if not args.keep_importance and all(isinstance(item, str) for item in retain):
-        unused.drop("no importance is collected (neither keep_importance nor rows to retain)", ("importance_batches",))
+        reason = "no importance is collected (neither keep_importance nor rows to retain)"
+        unused.drop(reason, ("importance_batches", "fisher"))
     pull = None if args.pull is None else float(args.pull)
     return Keeping(
         tuple(args.tickets or ()),
@@ -313,6 +318,7 @@ def _keeping(args: LotaArguments, unused: _Unused) -> Keeping:
         pull,
         args.keep_importance,
         args.importance_batches,
+        choices.check_choice("fisher", args.fisher, choices.FISHERS),
         *_dial(args, unused),
     )
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from lota.data.trained_tokens import IGNORED
 from lota.train.phase import Phase
 
 MAX_BATCHES = 16
@@ -27,20 +28,20 @@ def divergence_from_base(phase: Phase, run: Any) -> float | None:
     if trainer.eval_dataset is None:
         return None
     engine = trainer.deepspeed
-    was_training = engine.training
-    engine.eval()
+    was_training = engine.module.training
+    engine.module.eval()
     total = torch.zeros(2, dtype=torch.float64, device=get_accelerator().current_device_name())
     for number, batch in enumerate(trainer.get_eval_dataloader()):
         if number == MAX_BATCHES:
             break
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-        is_answer = batch["labels"][:, 1:] != -100
+        is_answer = batch["labels"][:, 1:] != IGNORED
         with run.base():
             base = _log_probabilities(engine(**inputs).logits, is_answer)
         trained = _log_probabilities(engine(**inputs).logits, is_answer)
         total[0] += (base.exp() * (base - trained)).sum(dtype=torch.float64)
         total[1] += base.shape[0]
-    engine.train(was_training)
+    engine.module.train(was_training)
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
     return float(total[0] / total[1]) if float(total[1]) else None

@@ -110,11 +110,13 @@ def _collect(
             Sets(train, None),
             folder,
             tickets=tickets,
+            samples_answers=options.keeping.fisher == "true",
             as_reference=None if tickets else nullcontext,  # with its own ticket on it, the base is another model
             **changes,
         )
         phase.run()
-        made = run.importance({**facts, "rows": changes["per_device_train_batch_size"]})
+        rows = changes["per_device_train_batch_size"]
+        made = run.importance({**facts, "rows": rows, "fisher": options.keeping.fisher})
     phase.close()
     if rank() == 0:
         shutil.rmtree(folder.checkpoints_of("importance"), ignore_errors=True)  # empty: the Trainer makes it

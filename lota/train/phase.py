@@ -38,6 +38,7 @@ from lota.train.tracking import tracking_of
 from lota.train.trainer import SelfReference, trainer_class
 from lota.zero.assign import assign
 
+_DROPOUT = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d, torch.nn.AlphaDropout)
 _DOING = {"calibrate": "calibration", "train": "training"}
 
 
@@ -55,10 +56,12 @@ class Phase:
         tickets: Sequence[str | Path] = (),
         kept: Mapping[str, Dataset] | None = None,
         as_reference: Callable[[], AbstractContextManager[Any]] | None = None,
+        samples_answers: bool = False,
         **changes: Any,
     ) -> None:
         """tickets: on the model beside those of the run. kept: more rows, by name, for `loss_on`. as_reference: of
-        preferences whose reference is the model itself, what makes it that for a forward pass. changes: values of
+        preferences whose reference is the model itself, what makes it that for a forward pass. samples_answers:
+        of the model, in place of the rows' own. changes: values of
         TrainingArguments for this phase only. Arguments are made afresh for each phase, because DeepSpeed's "auto"
         values are filled into them."""
         train, evaluation = data
@@ -83,6 +86,8 @@ class Phase:
         # Loading rewinds: nothing of an earlier phase is reused. from_pretrained shards at once, because the
         # arguments above registered the ZeRO-3 configuration.
         model = load_model(options, config, tickets)
+        if name == "importance":
+            without_dropout(model)
         # Where embeddings are frozen, reentrant checkpointing cuts the graph unless their output asks for a gradient.
         if self.config.gradient_checkpointing:
             model.enable_input_require_grads()
@@ -90,7 +95,7 @@ class Phase:
         has_second = options.reference is not None and not refers_to_itself and options.reference != "precompute"
         if refers_to_itself:
             self.config.precompute_ref_log_probs = True
-        self.trainer = trainer_class(config, refers_to_itself)(
+        self.trainer = trainer_class(config, refers_to_itself, samples_answers)(
             model=model,
             **({"ref_model": load_model(options, config)} if has_second else {}),
             args=self.config,
@@ -237,6 +242,16 @@ def _name_as_trl_expects(model: Any) -> None:
     experts = getattr(config, "num_local_experts", None)
     if experts is not None and not hasattr(config, "num_experts"):
         config.num_experts = experts
+
+
+def without_dropout(model: torch.nn.Module) -> None:
+    """No dropout, in train mode too, where gradient checkpointing works: gradients are then the same on any ranks."""
+    for module in model.modules():
+        if isinstance(module, _DROPOUT):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(module, name, 0.0)
 
 
 def check_positions(model_config: Any, rows: Dataset, config: Any) -> None:

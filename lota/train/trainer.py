@@ -13,11 +13,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from transformers import set_seed
 from transformers.trainer_utils import rotate_checkpoints
 from trl import DPOTrainer, SFTTrainer
 
+from lota.data.trained_tokens import IGNORED
 from lota.files import naming_disk_full, sync
 from lota.ranks.agree import together
 from lota.ranks.stop import leave, signal_received
@@ -160,18 +162,43 @@ class StopsWhenAsked:
             leave(number, f"after step {step} of {self.state.max_steps}: {self.args.output_dir}/checkpoint-{step}")
 
 
-def trainer_class(config: Config, refers_to_itself: bool = False) -> type[Any]:
+def trainer_class(config: Config, refers_to_itself: bool = False, samples_answers: bool = False) -> type[Any]:
     """TRL's trainer for the kind of training that `config` describes, with checkpoints that appear whole.
 
-    refers_to_itself: for preferences whose reference is the model itself; see `SelfReference`.
+    refers_to_itself: for preferences whose reference is the model itself; see `SelfReference`. samples_answers: see
+    `_SamplingTrainer`.
     """
     if isinstance(config, PreferenceConfig):
         return _SelfReferenceTrainer if refers_to_itself else _PreferenceTrainer
-    return _SupervisedTrainer
+    return _SamplingTrainer if samples_answers else _SupervisedTrainer
 
 
 class _SupervisedTrainer(StopsWhenAsked, WholeCheckpoints, SFTTrainer):
     pass
+
+
+class _SamplingTrainer(_SupervisedTrainer):
+    """In place of every token of an answer, one that the model would give there: gradients of the true Fisher.
+
+    Drawn by the run's seed and the number of the micro-batch, counted over all ranks, so that the ranks do not matter.
+    """
+
+    _num_drawn = 0
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        labels = inputs["labels"].clone()
+        number = self._num_drawn * self.args.world_size + self.args.process_index
+        self._num_drawn += 1
+        generator = torch.Generator().manual_seed(new_seed(self.args.seed, number, 0))
+        kept = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+        with torch.no_grad():
+            logits = model(**kept).logits
+        is_answer = labels[:, 1:] != IGNORED
+        # float64 on the host: a draw must not depend on the device
+        odds = torch.softmax(logits[:, :-1][is_answer].double().cpu(), -1)
+        drawn = torch.multinomial(odds, 1, generator=generator).squeeze(1)
+        labels[:, 1:][is_answer] = drawn.to(labels.device, labels.dtype)
+        return super().compute_loss(model, {**inputs, "labels": labels}, *args, **kwargs)
 
 
 class _PreferenceTrainer(StopsWhenAsked, WholeCheckpoints, DPOTrainer):
@@ -199,10 +226,10 @@ class SelfReference:
     def __call__(self, **inputs: Any) -> Any:
         """What TRL asks its `ref_model` for, inside `torch.no_grad()`. Collective."""
         engine = self._trainer.deepspeed
-        was_training = engine.training
+        was_training = engine.module.training  # the engine's own flag is not the one that evaluation sets
         with self._as_reference():
-            engine.eval()
+            engine.module.eval()
             try:
                 return engine(**inputs)
             finally:
-                engine.train(was_training)
+                engine.module.train(was_training)

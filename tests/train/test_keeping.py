@@ -4,6 +4,7 @@ and both are of the plain base, in any subset."""
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,28 @@ def test_overlapping_by_choice_is_merged_in_order(ranks: Any, tasks: dict[str, P
     assert torch.equal(merged[key].view(-1)[two.mask.indices(name)], two.values(name))
 
 
+def test_an_importance_by_sampled_answers_is_the_same_on_any_ranks(
+    ranks: Any, tasks: dict[str, Path], tmp_path: Path
+) -> None:
+    found = {}
+    for world, fisher in ((1, "true"), (2, "true"), (1, "empirical")):
+        run = tmp_path / f"{world}_{fisher}"
+        options = ["--mask", str(tasks["a"] / "ticket"), "--retain", json.dumps([{"data": str(tasks["general"])}])]
+        argv = _argv(tasks["base"], str(tasks["rows"]), run, *options, "--fisher", fisher, "--max_steps", "1")
+        for name in ("--score", "--calibration_steps", "--density"):
+            place = argv.index(name)
+            del argv[place : place + 2]
+        ranks(world).run(jobs.run_recipe, "train_lota", argv)
+        found[world, fisher] = Importance.load(run / "retained" / "0.safetensors")
+    one, two, rows = found.values()
+    assert one.facts["fisher"] == "true" and rows.facts["fisher"] == "empirical"
+    assert one.facts["micro_batches"] == two.facts["micro_batches"] == 6
+    positions = {name: torch.arange(math.prod(shape), dtype=torch.int64) for name, shape in one.shapes.items()}
+    for name, where in positions.items():
+        torch.testing.assert_close(one.at(name, where), two.at(name, where), rtol=1e-4, atol=0)
+    assert any(not torch.allclose(one.at(n, where), rows.at(n, where), rtol=0.1) for n, where in positions.items())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -186,6 +209,7 @@ def test_overlapping_by_choice_is_merged_in_order(ranks: Any, tasks: dict[str, P
         (("--retain", "[{trainfile: x}]"), "retain: unknown option 'trainfile'"),
         (("--tickets", "nowhere"), "nowhere"),
         (("--overlap", "true"), "overlap would be ignored"),
+        (("--fisher", "tru"), "Did you mean 'true'"),
         (("--importance_batches", "0"), "importance_batches must be at least 1"),
         (("--method", "full", "--retain", "x"), "retain would be ignored"),
     ],
