@@ -9,7 +9,7 @@ same dimensions in each. Spread and seed were chosen so that the fullest rank is
 uneven selected mask that was measured (docs/planning.md): 152% of an even share on 8 ranks (139%), 236% on 64 (231%).
 
 Owners, buckets and bytes come from the code that trains: `build_layout`, `GradientReducer`, the planner's formulas.
-Prints the tables of docs/planning.md, which tests/zero/compact/test_layout_70b.py holds against it.
+Prints the tables of docs/planning_70b.md, which tests/zero/compact/test_layout_70b.py holds against it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lota.plan import format_bytes
 from lota.plan.layout import Transfer
 from lota.selection import eligible
 from lota.zero.block import BUCKET_NUMEL
-from lota.zero.compact.layout import Layout, build_layout
+from lota.zero.compact.layout import CompactLayout, build_layout
 from lota.zero.compact.reduction import GradientReducer, ReductionGroups
 
 RANKS, NODE, SIZES, PERCENT, SEED = 64, 8, (8, 16, 64), 1, 70
@@ -104,11 +104,11 @@ def regroup(counts: Counts, size: int) -> Counts:
     return {name: tuple(sum(row[i : i + step]) for i in range(0, len(row), step)) for name, row in counts.items()}
 
 
-def layout_of(counts: Counts, numels: Mapping[str, int], rank: int) -> Layout:
+def layout_of(counts: Counts, numels: Mapping[str, int], rank: int) -> CompactLayout:
     return build_layout([(name, numels[name], row) for name, row in counts.items()], rank)
 
 
-def reducer_of(layout: Layout, world: int, bucket_numel: int) -> GradientReducer:
+def reducer_of(layout: CompactLayout, world: int, bucket_numel: int) -> GradientReducer:
     """The reducer that a run would make on this rank; it has no process groups, so it only counts."""
     return GradientReducer(
         [slot.counts for slot in layout.slots],
@@ -125,7 +125,7 @@ def see(model: plan.ModelShapes, counts: Counts, numels: Mapping[str, int], rank
     size, owned = layout.size, layout.local_active
     reducer = reducer_of(layout, RANKS, min(model.hidden**2, BUCKET_NUMEL))
     inside, across = reducer.payloads
-    cluster = plan.Layout(ranks=RANKS, node_size=NODE, shard_group_size=size)
+    cluster = plan.RankLayout(ranks=RANKS, node_size=NODE, shard_group_size=size)
     # 1024 neighbouring entries span 102400 positions on average, more than two bytes can tell.
     totals = {name: sum(row) for name, row in counts.items()}
     received = size * max(row[rank] for row in counts.values())

@@ -1,13 +1,16 @@
 """The planner's bytes beside those counted from outside a run: five small models, six methods, two ranks.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.planner
+    OMP_NUM_THREADS=1 python -m benchmarks.planner --output docs/planned_and_counted.csv
 
-Prints a markdown table: planned, counted and their difference, of what a rank holds between steps (device and host
-memory, which are one on CPU ranks) and of the buffers that its collectives move in a step of two micro steps. The same
-runs are the test tests/plan/test_counted.py (the complete ones under the mark `slow`).
+Writes CSV, planned beside counted: bytes that a rank holds between steps (device and host memory, which are one on CPU
+ranks), and bytes of the buffers that its collectives move in a step of two micro steps. Prints the differences. The
+same runs are the test tests/plan/test_counted.py (the complete ones under the mark `slow`).
 """
 
 from __future__ import annotations
+
+import argparse
+from pathlib import Path
 
 import torch
 
@@ -16,9 +19,11 @@ from tests.rank_pool import RankPool
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="CSV file to write")
+    output = parser.parse_args().output
     ranks = RankPool(2)
-    print("| model | method | held: planned | counted | | sent a step: planned | counted | |")
-    print("|---|---|---|---|---|---|---|---|")
+    lines = ["model,method,held_planned,held_counted,sent_planned,sent_counted"]
     worst = 0.0
     for case in MODELS:
         for method in METHODS:
@@ -26,11 +31,11 @@ def main() -> None:
             held = pairs.pop("held")
             sent = tuple(sum(pair[side] for pair in pairs.values()) for side in (0, 1))
             worst = max(worst, *(abs(_difference(pair)) for pair in (held, *pairs.values())))
-            cells = [f"{held[0]:,}", f"{held[1]:,}", f"{_difference(held):+.2f}%"]
-            cells += [f"{sent[0]:,}", f"{sent[1]:,}", f"{_difference(sent):+.2f}%"]
-            print(f"| {case} | {method} | " + " | ".join(cells) + " |", flush=True)
-    print(f"\nLargest difference of a single quantity: {worst:.2f}%. torch {torch.__version__}, two CPU ranks.")
+            lines.append(",".join([case, method, *map(str, (*held, *sent))]))
+            print(f"{case} {method}: held {_difference(held):+.2f}%, sent {_difference(sent):+.2f}%", flush=True)
     ranks.close()
+    output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"largest difference of a single quantity: {worst:.2f}%. torch {torch.__version__}, two CPU ranks.")
 
 
 def _difference(pair: tuple[int, int] | tuple[int, ...]) -> float:

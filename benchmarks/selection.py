@@ -20,7 +20,7 @@ import torch
 
 from lota.selection import select
 from lota.selection.ranks import Ranks
-from lota.selection.topk import Piece, chosen_positions, count_high, find_cut
+from lota.selection.topk import ScorePiece, chosen_positions, count_high, find_cut
 from lota.selection.workers import Workers
 from lota.ticket import Mask
 
@@ -81,10 +81,10 @@ def _report_parts(
     tensors: dict[str, torch.Tensor], k: int, repeats: int, report: Callable[[str, tuple[float, float]], None]
 ) -> None:
     """Where the time of the global budget goes."""
-    walk = [Piece(name, 0, NUMEL * number, values) for number, (name, values) in enumerate(tensors.items())]
+    walk = [ScorePiece(name, 0, NUMEL * number, values) for number, (name, values) in enumerate(tensors.items())]
     with Workers() as workers:
 
-        def parts(function: Callable[[Piece], Any]) -> list[Any]:
+        def parts(function: Callable[[ScorePiece], Any]) -> list[Any]:
             return [part for piece in walk for part in workers.each(function, piece)]
 
         counts = torch.stack([high for high, _ in parts(count_high)]).sum(0)

@@ -17,9 +17,10 @@ from lota.run.arguments import LotaArguments  # noqa: E402
 PAGE = ROOT / "docs" / "options.md"
 HEAD = """# Options
 
-Written by `python docs/make_options.py` from the options themselves; `lota train --help` prints the same. The default
-stands in parentheses at the end of a line. Options go into the YAML file of `--config` or onto the command line, which
-wins. A misspelt option is refused with the nearest right one, and one that a run would ignore is refused by name.
+`python docs/make_options.py` writes this page from the options themselves; `lota train --help` prints the same texts.
+The default is in parentheses at the end of a line. Options go into the YAML file of `--config` or onto the command
+line, which wins. A misspelt option is refused with the nearest right one. An option that a run would ignore is refused
+by name.
 
 `lota train` and `lota calibrate` also take every option of TRL's
 [SFTConfig](https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig), `lota dpo` every option of its

@@ -40,7 +40,7 @@ COLORS = {"weights": "#9aa5b1", "training state": "#d1495b", "index": "#edae49"}
 def memory() -> dict[str, dict[str, float]]:
     """GiB that one GPU holds for an 8B model, by method and kind, without activations."""
     model = plan.shapes_of_config(LlamaConfig(**LLAMA_8B), "Llama 8B")
-    layout, names = plan.Layout(ranks=1), eligible(model.shapes)
+    layout, names = plan.RankLayout(ranks=1), eligible(model.shapes)
     lora = plan.lora(model, layout, plan.LoraSettings(16, tuple(names)))
     plans = {"full fine-tuning": plan.full(model, layout), "LoRA, rank 16": lora}
     for density in (0.1, 0.01):

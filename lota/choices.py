@@ -19,6 +19,14 @@ BUDGETS = ("global", "per_tensor")
 GRADIENT_REDUCTIONS = ("auto", "compact", "dense")
 REDUCE_EVERY = ("micro_step", "step")
 KERNELS = ("auto", "torch", "triton")
+FISHERS = ("empirical", "true")
+"""Of an importance: by the answers of the rows, or by answers that are sampled from the model."""
+REFERENCES = ("ticket", "model", "precompute")
+"""Of preferences: the model itself with the base's values put back at the active entries; a second model; the base's
+answers computed before training."""
+TICKET_FORMS = ("plain", "values", "packed")
+"""Values and base values; values, and the difference to the base's; the difference alone, which needs the base (or the
+tuned model) to be read."""
 
 DENSITY = 0.1
 SCORE = "task_vector"
@@ -29,6 +37,8 @@ CALIBRATION_RATE_DIVISOR = 10
 MAX_SKIPPED_STEPS = 10
 PULL = 10.0
 """How strongly a run is pulled to what earlier tasks need, where it is."""
+ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
+"""Points between the values at the start and the trained ones that are measured, beside 0."""
 IMPORTANCE_BATCHES, IMPORTANCE_ROWS = 64, 4
 """Micro-batches, and at most so many rows each, from which a task's importance is collected."""
 
@@ -91,6 +101,14 @@ def check_pull(pull: Any, retain: Sequence[Any]) -> None:
         raise ValueError(
             f"retain needs pull, a positive number ({PULL:g}; try 3 and 30), got {pull!r}. Leave both out for no pull"
         )
+
+
+def check_alpha(alpha: Any) -> float:
+    """ValueError for anything but a number from 0 to 1."""
+    is_number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)
+    if not is_number or not 0 <= float(alpha) <= 1:
+        raise ValueError(f"alpha must be in [0, 1], 0 the values at the start and 1 the trained ones, got {alpha!r}")
+    return float(alpha)
 
 
 def check_rounding_seed(seed: Any) -> int | None:

@@ -1,1 +1,1 @@
-"""Recipes: programs that run from the checkout, thin and readable top to bottom."""
+"""Recipes: scripts that run from a checkout; the code is in lota."""

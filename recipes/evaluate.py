@@ -1,4 +1,4 @@
-"""Score a base model and tickets on it: local rows of prompt and answer, and tasks of lm-eval. One load for all.
+"""Score a base model and tickets on it: local rows of prompt and answer, and tasks of lm-eval, with one load.
 
     one process   python recipes/evaluate.py --model_name_or_path BASE --tickets runs/a/ticket runs/b/ticket \\
                     --eval_file test.jsonl --prompt_template "Question: {question}\\nAnswer:" \\
@@ -7,8 +7,8 @@
     lm-eval       python recipes/evaluate.py --model_name_or_path BASE --tickets runs/a/ticket --tasks gsm8k,arc_easy
     several GPUs  torchrun --nproc-per-node 8 recipes/evaluate.py ...      (splits the rows; lm-eval takes one process)
 
-The base is scored too (--no_base leaves it out), then each ticket alone (--together: all of them at once, which must
-share no entry). Tickets are assigned into the loaded model and taken out again bit for bit. Results are written after
+The base is scored first (--no_base leaves it out), then each ticket alone (--together: all of them at once; they must
+share no entry). Tickets are assigned to the loaded model and removed again, bit for bit. Results are written after
 every part; the same command again continues where it stopped. docs/evaluation.md defines the metrics.
 Installed, the same program is `lota evaluate`.
 """

@@ -7,8 +7,8 @@
 
 The flow, the options and the outputs are those of train_lota.py, with TRL's DPOConfig in place of SFTConfig and rows of
 prompt, chosen and rejected. Calibration scores weights by the preference loss. The reference is the base, loaded a
-second time and sharded (2 bytes a parameter over all ranks); `precompute_ref_log_probs: true` asks the base beforehand
-and saves that memory; `--method lora` switches its adapter off instead. Installed, the same job is `lota dpo`.
+second time and sharded (2 bytes a parameter over all ranks). `precompute_ref_log_probs: true` runs the base once
+beforehand and saves that memory; `--method lora` switches its adapter off. Installed, the same job is `lota dpo`.
 """
 
 from __future__ import annotations

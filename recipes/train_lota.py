@@ -5,11 +5,11 @@
     two nodes    deepspeed --hostfile hosts --num_nodes 2 recipes/train_lota.py --config FILE --shard_group_size node
     CPU ranks    OMP_NUM_THREADS=1 deepspeed --num_gpus 2 recipes/train_lota.py --config recipes/configs/demo.yaml ...
 
-Every option of TRL's SFTConfig and of docs/options.md may stand in the file or on the command line, which wins.
-In output_dir: ticket/, summary.json, report.png, metrics.jsonl, config.yaml and, on request, merged/. Stages can be
-taken apart: recipes/calibrate_mask.py stops at the mask, and `--mask PATH` starts from one. `--method full` trains all
-weights, `--method lora` an adapter, with stock ZeRO-3 on the same data, for comparison. Installed, the same job is
-`lota train` on one GPU, and `deepspeed --module lota.train` or `torchrun -m lota.train` on several.
+Every option of TRL's SFTConfig and of docs/options.md may be in the file or on the command line, which wins.
+In output_dir: ticket/, summary.json, report.png, metrics.jsonl, config.yaml and, on request, merged/. Stages can run
+separately: recipes/calibrate_mask.py stops at the mask, and `--mask PATH` starts from one. `--method full` trains all
+weights and `--method lora` an adapter, with stock ZeRO-3 on the same data, for comparison. Installed, the same job is
+`lota train` on one GPU, and `deepspeed --module lota train` or `torchrun -m lota train` on several.
 """
 
 from __future__ import annotations

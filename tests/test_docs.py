@@ -1,4 +1,5 @@
-"""Pages that a script writes are what it writes now, links lead somewhere, and the recipes are as thin as they say."""
+"""Pages that a script writes are up to date, links and names lead somewhere, an index reaches every page, and recipes
+are as thin as they promise."""
 
 from __future__ import annotations
 
@@ -45,6 +46,32 @@ def test_pages_name_files_that_are_there() -> None:
             continue
         for name in re.findall(r"`((?:lota|tests|recipes|benchmarks|docs)/[\w/.]+\.(?:py|md|yaml))`", page.read_text()):
             assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_the_index_reaches_every_page() -> None:
+    index = ROOT / "docs" / "README.md"
+    linked = {(index.parent / target).resolve() for target, _ in _LINK.findall(index.read_text(encoding="utf-8"))}
+    assert set(PAGES) - linked - {index} == set()
+    assert "docs/README.md" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_tour_names_what_is_in_the_files() -> None:
+    """`FILE.py`, `NAME` on a stop of the tour: the file defines the name; a dotted one as a method of a class."""
+    text = " ".join((ROOT / "docs" / "tour.md").read_text(encoding="utf-8").split())
+    stops = re.findall(r"`(lota/[\w/]+\.py)`, `([\w.]+)`", text)
+    assert len(stops) > 20
+    for file, name in stops:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for part in name.split("."):
+            assert re.search(rf"^ *(?:def|class) {part}\b", source, re.MULTILINE), f"{file} defines no {part}"
+
+
+def test_the_table_of_rooms_has_all_of_them() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    table = page[page.index("## Rooms") : page.index("## The seam")]
+    for path in (ROOT / "lota").iterdir():
+        if path.name[0] not in "_." and (path.is_dir() or path.suffix == ".py"):
+            assert f"`{path.name}{'/' * path.is_dir()}`" in table, f"docs/design.md, Rooms, lacks {path.name}"
 
 
 def test_recipes_are_front_doors() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lota
+from lota.cli.needs import missing
 from lota.packaged import CONFIGS, DS_CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,13 +120,24 @@ def test_the_core_alone_inspects_applies_and_steps(site: Path, tmp_path: Path) -
         (["train", "--config", "x.yaml"], "lota[recipes]"),
         (["demo"], "lota[recipes]"),
         (["plan", "base"], "lota[train]"),
-        (["evaluate", "--model_name_or_path", "x"], "lota[recipes,eval]"),
+        (["evaluate", "--model_name_or_path", "x"], "lota[eval]"),
     ],
 )
 def test_what_needs_more_names_the_extra(site: Path, tmp_path: Path, words: list[str], extra: str) -> None:
     done = run(site, tmp_path, *words, code=CORE_ALONE)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "is not installed" in done.stderr and extra in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "extra"),
+    [("extract", "peft", "recipes"), ("extract", "transformers", "train"), ("overlap", "matplotlib", "recipes")],
+)
+def test_an_option_that_needs_more_names_the_extra_with_that_module(command: str, module: str, extra: str) -> None:
+    text = missing(ModuleNotFoundError(name=module), [command, "--out", "x"])
+    assert f"needs {module}, which is not installed: pip install 'lota[{extra}]'" in text
+    declared = re.search(rf"^{extra} = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    assert declared is not None and f'"{module}' in declared.group(1)
 
 
 def test_the_blocks_name_their_extra(site: Path, tmp_path: Path) -> None:

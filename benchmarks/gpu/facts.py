@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu.bench import Bench
 from lota.kernels import TileIndex
-from lota.selection.topk import Piece, count_high
+from lota.selection.topk import ScorePiece, count_high
 from lota.ticket.fingerprint import fingerprint
 
 # In a child: an illegal access would end this process.
@@ -44,7 +44,7 @@ def same_on_both(bench: Bench) -> None:
         here, there = fingerprint(values, 5), fingerprint(values.to(bench.device.torch), 5)
         bench.check(f"D fingerprint of {dtype}", here == there, f"{there:016x}, expected the CPU's {here:016x}")
     scores = torch.randn(1_000_001, generator=generator)
-    counts = [count_high(Piece("x", 0, 0, values))[0].cpu() for values in (scores, scores.to(bench.device.torch))]
+    counts = [count_high(ScorePiece("x", 0, 0, values))[0].cpu() for values in (scores, scores.to(bench.device.torch))]
     bench.check("D histogram of scores", torch.equal(*counts), "expected the CPU's counts")
 
 

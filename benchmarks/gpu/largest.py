@@ -33,7 +33,7 @@ def _planned(bench: Bench) -> tuple[str, str]:
     """What each method would need of this device besides activations; of calibration and sparse training, in words."""
     config = models.llama_config(bench.sizes.model_8b)
     shapes = plan.shapes_of_config(config, NAME)
-    layout = plan.Layout(ranks=1, gradient_checkpointing=True)
+    layout = plan.RankLayout(ranks=1, gradient_checkpointing=True)
     names = eligible(shapes.shapes)
     counts = plan.MaskCounts.even(shapes, names, DENSITY, 1)
     plans = [

@@ -85,5 +85,5 @@ def _step(bench: Bench, case: Case, tensors: list[torch.Tensor], options: dict[s
     weights, *state = tensors
     numbers = ADAMW["beta1"], ADAMW["beta2"], ADAMW["eps"]
     backend(bench.device.torch).adamw_(
-        weights, case.compact, case.index, *state, case.scalars, *numbers, True, None, 0, **options
+        weights, case.compact, case.index, *state, case.scalars, *numbers, True, None, 0, None, **options
     )

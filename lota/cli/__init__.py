@@ -23,7 +23,9 @@ from lota.cli import (
     extract,
     inspect,
     jobs,
+    ledger,
     mask,
+    matrix,
     merge,
     overlap,
     plan,
@@ -40,6 +42,7 @@ from lota.messages import printable
 COMMANDS = (
     *(plan, config, inspect, apply, revert, verify, export),
     *(diff, extract, merge, overlap, change, mask),
+    *(ledger, matrix),
     *(push, report, demo, study),
 )
 
@@ -53,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII shows escapes
     parser = argparse.ArgumentParser(
         prog="lota",
-        description="Sparse fine-tuning by lottery tickets: train them, look at them, put them on models and take them "
-        "off, and hand them to other tools.",
+        description="Sparse fine-tuning by lottery tickets: train them, inspect them, apply them to models and remove "
+        "them, merge them, and export them for other tools.",
         epilog="lota COMMAND --help explains a command and gives examples. Completion in bash and zsh: "
         'eval "$(register-python-argcomplete lota)" (pip install argcomplete).',
     )

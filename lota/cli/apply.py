@@ -19,12 +19,12 @@ def add_parser(commands: Any) -> None:
         summary="write a base checkpoint with tickets applied",
         text="""
 Write the checkpoint folder OUT: the base with the tickets' values assigned, in safetensors files like the base's, with
-its configuration and tokenizer and a model card. It loads in transformers, vLLM and the like as any model does.
+its configuration and tokenizer and a model card. It loads like any model in transformers, vLLM and similar tools.
 
-The base is verified tensor by tensor against the tickets' fingerprints, its frozen tensors too where the tickets know
-them (those of format version 2 do); another model or revision is refused. A base stored in another dtype than the
-ticket was trained in is cast first, as the training did. Several tickets may not share an entry. What was written is
-read back, and OUT appears whole or not at all.""",
+Every tensor of the base is compared with the tickets' fingerprints, frozen ones too if the tickets know them (those of
+format version 2 do). A different model or revision is refused. A base stored in another dtype than that of training is
+cast first, as the training did. Several tickets must not share an entry. The result is read back, and OUT appears whole
+or not at all.""",
         examples="""
 lota apply --base meta-llama/Llama-3.1-8B runs/gsm8k/ticket --out llama-gsm8k
 lota apply --base models/llama runs/math/ticket runs/sql/ticket --out llama-math-sql""",
@@ -38,7 +38,7 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
     """--base, --revision and --dtype."""
     parser.add_argument("--base", required=True, help="the base model: a folder, or a name on the hub")
     parser.add_argument("--revision", help="branch, tag or commit of a base on the hub")
-    parser.add_argument("--dtype", choices=DTYPES, help="cast the base (default: as the ticket was trained)")
+    parser.add_argument("--dtype", choices=DTYPES, help="cast the base (default: the dtype of training)")
     add_trust_option(parser)
 
 

@@ -17,10 +17,10 @@ def add_parser(commands: Any) -> None:
         commands,
         "scale",
         run_scale,
-        summary="values between the base's and the ticket's, or beyond",
+        summary="move values between the base's and the ticket's, or beyond",
         text="""
-Write the ticket OUT with every value at base + FACTOR * (value - base): the dial between the new task (1) and the model
-as it was (0). Computed in fp32; 1 keeps every bit.""",
+Write the ticket OUT with every value at base + FACTOR * (value - base): 0 is the model as it was, 1 the ticket. All is
+computed in fp32; 1 keeps every bit.""",
         examples="lota scale runs/gsm8k/ticket 0.7 --out gsm8k-70",
     )
     parser.add_argument("ticket", type=Path, metavar="TICKET", help="ticket directory, with base values")
@@ -36,20 +36,17 @@ Write the ticket OUT with exactly round(KEEP * entries) of the entries, those wi
         examples="lota trim runs/gsm8k/ticket --keep 0.3 --out gsm8k-30",
     )
     parser.add_argument("ticket", type=Path, metavar="TICKET", help="ticket directory, with base values")
-    parser.add_argument("--keep", type=float, required=True, help="part of its entries, above 0 and at most 1")
+    parser.add_argument("--keep", type=float, required=True, help="fraction of its entries, above 0 and at most 1")
     _add_out(parser)
-
-
     parser = add_command(
         commands,
         "pack",
         run_pack,
-        summary="a ticket in about half of the bytes, to be read beside its base",
+        summary="store a ticket in about half of the bytes, to be read with its base",
         text="""
-Write the ticket OUT with the coded differences of values and base values in place of both: one stream gives the values
-to whoever has the base, and the base to whoever has the tuned model, bit for bit. lota apply, revert and export, and
-lota.apply_, take packed tickets as they are; --values keeps the values beside the stream, for what has no base at
-hand.""",
+Write the ticket OUT with coded differences in place of values and base values. The same stream gives the values if you
+have the base, and the base if you have the tuned model, bit for bit. lota apply, revert and export, and lota.apply_,
+take packed tickets as they are. --values also keeps the values, for use without the base.""",
         examples="lota pack runs/gsm8k/ticket --out gsm8k-packed",
     )
     parser.add_argument("ticket", type=Path, metavar="TICKET", help="ticket directory, with base values")
@@ -59,9 +56,9 @@ hand.""",
         commands,
         "unpack",
         run_unpack,
-        summary="a packed ticket with its values and base values again",
+        summary="give a packed ticket its values and base values back",
         text="""
-Write the ticket OUT with values and base values, which BASE gives. Another base is refused.""",
+Write the ticket OUT with values and base values, computed from BASE. A different base is refused.""",
         examples="lota unpack gsm8k-packed --base meta-llama/Llama-3.1-8B --out gsm8k",
     )
     parser.add_argument("ticket", type=Path, metavar="TICKET", help="packed ticket directory")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lota.cli.parsers import add_command
+from lota.cli.parsers import add_command, complete
 from lota.messages import did_you_mean
 from lota.packaged import CONFIGS, DS_CONFIGS
 
@@ -18,20 +18,20 @@ def add_parser(commands: Any) -> None:
         run,
         summary="print or write a configuration that comes with lota",
         text="""
-Without NAME: the list. With it: the file on the terminal, or as OUT, to be edited and given to `lota train --config`.
-Run configurations (.yaml), DeepSpeed files (zero3) and chat templates (plain_chat) are known by their names.""",
+Without NAME, print the list. With NAME, print the file, or write it to OUT, to be edited and given to `lota train
+--config`. There are run configurations (.yaml), a DeepSpeed file (zero3) and a chat template (plain_chat).""",
         examples="""
 lota config
 lota config llama31_8b_gsm8k --out run.yaml
 lota config zero3 --out zero3.json""",
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of a packaged file, without its ending")
-    parser.add_argument("--out", type=Path, help="file to write; must not exist (the terminal)")
+    name = parser.add_argument("name", nargs="?", metavar="NAME", help="a packaged file, without its suffix")
+    complete(name, sorted(_packaged()))
+    parser.add_argument("--out", type=Path, help="file to write; must not exist (default: print it)")
 
 
 def run(args: argparse.Namespace) -> None:
-    files = {path.stem: path for folder in (CONFIGS, DS_CONFIGS) for path in sorted(folder.iterdir())}
-    files = {name: path for name, path in files.items() if path.suffix in (".yaml", ".json", ".jinja")}
+    files = _packaged()
     if args.name is None:
         if args.out is not None:
             raise ValueError("--out needs the name of a configuration; `lota config` lists them")
@@ -49,3 +49,9 @@ def run(args: argparse.Namespace) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text, encoding="utf-8")
     print(f"{args.out}: {args.name}")
+
+
+def _packaged() -> dict[str, Path]:
+    """The packaged files by the names that the command knows them by."""
+    files = (path for folder in (CONFIGS, DS_CONFIGS) for path in sorted(folder.iterdir()))
+    return {path.stem: path for path in files if path.suffix in (".yaml", ".json", ".jinja")}

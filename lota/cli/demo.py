@@ -17,7 +17,7 @@ def add_parser(commands: Any) -> None:
         summary="make a small base, fine-tune it whole and as a ticket, compare",
         text="""
 Make a small base model (kept in ~/.cache/lota), fine-tune it whole and as a ticket on two ranks, and print what each
-learned, forgot, held in memory and sent. Needs no GPU and no network; about 5 minutes on two cores.""",
+learned, forgot, held in memory and sent. It needs no GPU and no network, and about 5 minutes on two free cores.""",
         examples="lota demo --output_dir runs/demo",
     )
     parser.add_argument(

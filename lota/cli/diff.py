@@ -18,18 +18,19 @@ def add_parser(commands: Any) -> None:
         commands,
         "diff",
         run,
-        summary="what differs between two checkpoints, tensor by tensor",
+        summary="print what differs between two checkpoints, tensor by tensor",
         text="""
-Compare the models A and B: of every tensor whether all bits are equal, the share of entries that differ and the largest
-difference; tensors that only one has, and other shapes or dtypes. A tensor of each is in memory at a time.
+Compare the models A and B. For every tensor print whether all bits are equal, the share of entries that differ and the
+largest difference; also tensors that only one has, and different shapes or dtypes. One tensor of each is in memory at a
+time.
 
-Exit status 0 where every bit is equal, 1 where something differs.""",
+The exit status is 0 if every bit is equal, and 1 if something differs.""",
         examples="""
 lota diff meta-llama/Llama-3.1-8B runs/gsm8k/merged
 lota diff base tuned --json | python -m json.tool""",
     )
     parser.add_argument("a", metavar="A", help="a model's folder, or a name on the hub")
-    parser.add_argument("b", metavar="B", help="another one")
+    parser.add_argument("b", metavar="B", help="the second model")
     parser.add_argument("--all", action="store_true", help=f"list every tensor (the {_SHOWN} that differ most)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     add_trust_option(parser)

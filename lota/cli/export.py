@@ -18,14 +18,14 @@ def add_parser(commands: Any) -> None:
         run,
         summary="write a ticket as a merged checkpoint or as a PEFT adapter",
         text="""
-Write a ticket for tools that know nothing of tickets; OUT appears whole or not at all.
+Write a ticket in a format of other tools; OUT appears whole or not at all.
 
   hf    the merged checkpoint, as `lota apply` writes it
-  peft  an adapter of PEFT's type SHiRA: stock PEFT loads it, and computes with exactly the ticket's weights. It takes
+  peft  an adapter of PEFT's type SHiRA: stock PEFT loads it and computes with exactly the ticket's weights. It takes
         12 bytes an entry; tensors that SHiRA cannot hold are stored whole. The adapter is run once on the base, and its
-        logits compared with the ticket's. Its README says how to load it.
+        logits are compared with the ticket's. Its README explains how to load it.
 
-The base is verified tensor by tensor against the ticket's fingerprints; another model or revision is refused.""",
+Every tensor of the base is compared with the ticket's fingerprints; a different model or revision is refused.""",
         examples="""
 lota export runs/gsm8k/ticket --base meta-llama/Llama-3.1-8B --format peft --out llama-gsm8k-adapter
 lota export math sql --base models/llama --format peft --out both-adapter

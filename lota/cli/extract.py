@@ -15,13 +15,13 @@ def add_parser(commands: Any) -> None:
         commands,
         "extract",
         run,
-        summary="a ticket out of any two checkpoints, or out of a LoRA adapter",
+        summary="make a ticket of any two checkpoints, or of a LoRA adapter",
         text="""
-Write the ticket T that makes TUNED of BASE. Without --density it holds every entry whose bits differ: applied to BASE
-it gives TUNED bit for bit, and reverting gives BASE. With --density it holds that part of the eligible entries, those
-that moved most, and says what is lost.
+Write the ticket OUT that turns BASE into TUNED. Without --density it holds every entry whose bits differ: applied to
+BASE it gives TUNED bit for bit, and reverting gives BASE. With --density it holds that fraction of the eligible
+entries, those that moved most, and the command prints what is lost.
 
---lora takes an adapter that PEFT can merge in TUNED's place, so that a LoRA gets an exact undo.""",
+--lora takes an adapter that PEFT can merge in place of TUNED, which gives a LoRA an exact undo.""",
         examples="""
 lota extract --base meta-llama/Llama-3.1-8B --tuned runs/full/merged --out full-ticket
 lota extract --base models/llama --tuned models/llama-math --density 0.01 --score relative --out math-1
@@ -34,7 +34,7 @@ lota extract --base models/llama --lora adapters/sql --out sql-ticket""",
         "--lora", type=Path, metavar="ADAPTER", help="a PEFT adapter's folder, merged as PEFT merges it"
     )
     parser.add_argument("--out", type=Path, required=True, help="directory of the ticket; must not exist, or be empty")
-    parser.add_argument("--density", type=float, help="part of the eligible entries to keep (all that differ)")
+    parser.add_argument("--density", type=float, help="fraction of the eligible entries to keep (all that differ)")
     parser.add_argument(
         "--score", default="magnitude", choices=("magnitude", "relative"), help="what ranks differences (magnitude)"
     )

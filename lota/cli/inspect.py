@@ -22,12 +22,12 @@ def add_parser(commands: Any) -> None:
         commands,
         "inspect",
         run,
-        summary="what a ticket or mask holds, its base, size, and density per layer",
+        summary="print what a ticket or mask holds: its base, size, and density per layer",
         text="""
-Print what a ticket (or a mask) says of itself: how many entries of which tensors, from which base and how it was
-made, its size on disk, and the density per layer and kind of tensor.
+Print what a ticket (or a mask) holds: how many entries of which tensors, its base, how it was made, its size on disk,
+and the density per layer and kind of tensor.
 
-Opening checks all but the values against their checksums; --verify reads and checks everything.""",
+Opening a ticket checks everything but its values against checksums; --verify checks the values too.""",
         examples="""
 lota inspect runs/gsm8k/ticket
 lota inspect runs/gsm8k/ticket --verify
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """All that ticket.json and the sizes of the files say, as JSON can hold it."""
+    """Everything in ticket.json, and the sizes of the files, as JSON can hold it."""
     from lota.retention import FILE_NAME
     from lota.ticket.hub import local_directory
     from lota.ticket.manifest import MANIFEST_NAME

@@ -1,4 +1,4 @@
-"""`lota train`, `lota dpo`, `lota calibrate`, `lota evaluate`: the jobs, on this process or as a launcher's ranks.
+"""`lota train`, `dpo`, `calibrate`, `sequence`, `evaluate`: the jobs, on this process or as a launcher's ranks.
 
 Their options are read by the job itself, from the command line and from `--config FILE`, because TRL's belong to them;
 the parsers here only explain and complete them.
@@ -12,10 +12,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
-from lota.cli.parsers import add_command
+from lota import choices
+from lota.cli.parsers import add_command, complete
 
+_BOOLEANS = ("true", "false")
+_CHOICES = {
+    "method": choices.METHODS,
+    "score": choices.SCORES,
+    "budget": choices.BUDGETS,
+    "gradient_reduction": choices.GRADIENT_REDUCTIONS,
+    "kernels": choices.KERNELS,
+    "shard_group_size": ("node", "world"),
+    "ticket_dtype": ("float32",),
+    "fisher": choices.FISHERS,
+    "reference": choices.REFERENCES,
+    "ticket_form": choices.TICKET_FORMS,
+    "metrics": ("loss", "exact", "number", "rouge"),
+}
+"""What a shell offers as the value of an option; the job itself checks it."""
 _LAUNCH = """
-On one GPU or CPU it runs as it is. On several, start it as every launcher starts a module:
+On one GPU or CPU run it as it is. On several, start it as a launcher starts a module:
 
   deepspeed --module lota {name} --config FILE                     all GPUs of this machine
   torchrun --nproc-per-node 8 -m lota {name} --config FILE
@@ -30,7 +46,7 @@ def add_parsers(commands: Any) -> dict[str, Callable[[list[str]], None]]:
     declared = (
         ("train", _train, LotaArguments, "fine-tune a model as a ticket", training.format(trl="SFTConfig")),
         ("dpo", _dpo, LotaArguments, "the same on preferences (DPO)", training.format(trl="DPOConfig")),
-        ("calibrate", _calibrate, LotaArguments, "stop at the mask", training.format(trl="SFTConfig")),
+        ("calibrate", _calibrate, LotaArguments, "calibrate, and stop at the mask", training.format(trl="SFTConfig")),
     )
     for name, _, arguments, summary, text in declared:
         parser = add_command(
@@ -50,8 +66,8 @@ def add_parsers(commands: Any) -> dict[str, Callable[[list[str]], None]]:
         _unreachable,
         summary="score a base and tickets on it",
         text="""
-Score a base model and tickets on it, on local rows and on lm-eval's tasks, with one load of the model. Takes the
-options of a training run's data, from its --config file too. docs/evaluation.md defines the metrics.""",
+Score a base model and tickets on it, on local rows and on lm-eval's tasks. The model is loaded once. Takes the data
+options of a training run, also from its --config file. docs/evaluation.md defines the metrics.""",
         examples="""
 lota evaluate --config run.yaml --tickets runs/mine/ticket --metrics loss exact --output results.json""",
     )
@@ -59,20 +75,58 @@ lota evaluate --config run.yaml --tickets runs/mine/ticket --metrics loss exact 
 
     evaluate.add_argument("--config", metavar="FILE", help="YAML file with options, which may be a training run's")
     add_fields(evaluate, EvaluateArguments)
-    return {"train": _train, "dpo": _dpo, "calibrate": _calibrate, "evaluate": _evaluate}
+    _add_sequence(commands)
+    return {
+        "train": _train, "dpo": _dpo, "calibrate": _calibrate, "sequence": _sequence, "evaluate": _evaluate
+    }  # fmt: skip
+
+
+def _add_sequence(commands: Any) -> None:
+    from lota.sequence.arguments import SequenceArguments
+
+    sequence = add_command(
+        commands,
+        "sequence",
+        _unreachable,
+        summary="train tasks one after another into one model, and keep the books",
+        text=f"""
+Train any number of tasks one after another, each on the base with the tickets of the tasks before it, on entries that
+none of them has (or, with disjoint: false, on any). CONFIG lists the tasks; other options are those of `lota train`,
+for every task unless it has its own. After every task all tasks are scored: which forgot what is in matrix.csv and
+matrix.png, who owns how much of the weights in ledger.json and ledger.png (docs/sequences.md).
+
+The same command again continues where it stopped, and trains tasks that were added at the end. --method full and
+--method lora train the same tasks in sequence for comparison. --remove takes a task out again, bit for bit.
+{_LAUNCH.format(name="sequence")}""",
+        examples="""
+lota config sequence_small --out tasks.yaml
+lota sequence tasks.yaml --output_dir runs/five
+lota sequence tasks.yaml --output_dir runs/five_full --method full --learning_rate 1e-5
+lota sequence runs/five --remove sql
+lota ledger runs/five
+lota matrix runs/five runs/five_full --plot both.png""",
+    )
+    sequence.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or the folder of a sequence")
+    sequence.add_argument("--config", dest="config", metavar="CONFIG", help="the same")
+    sequence.add_argument("--output_dir", help="folder of the sequence")
+    sequence.add_argument("--remove", metavar="NAME", help="take a task out of the sequence in CONFIG's folder")
+    add_fields(sequence, SequenceArguments)
 
 
 def add_fields(parser: argparse.ArgumentParser, arguments: type[Any]) -> None:
     """An option for every field of a dataclass of options, with its help text."""
     for entry in fields(arguments):
-        parser.add_argument(f"--{entry.name}", metavar="VALUE", help=help_of(entry).replace("%", "%%"))
+        option = parser.add_argument(f"--{entry.name}", metavar="VALUE", help=help_of(entry).replace("%", "%%"))
+        values = _CHOICES.get(entry.name) or (_BOOLEANS if str(entry.type).startswith("bool") else ())
+        if values:
+            complete(option, values)
 
 
 def help_of(entry: Any) -> str:
-    """The help text of a field of a dataclass of options, with its default where the text does not say it."""
+    """The help text of a field of a dataclass of options, with its default if the text does not have it."""
     text = str(entry.metadata.get("help", ""))
-    says_it = entry.default in (None, MISSING) or text.rstrip(".").endswith(")")
-    return text if says_it else f"{text.rstrip('.')} ({entry.default})."
+    has_it = entry.default in (None, MISSING) or text.rstrip(".").endswith(")")
+    return text if has_it else f"{text.rstrip('.')} ({entry.default})."
 
 
 def _unreachable(args: argparse.Namespace) -> None:
@@ -105,6 +159,12 @@ def _calibrate(argv: list[str]) -> None:
     from lota.train.job import main_mask
 
     _run("calibrate", argv, main_mask, RESUME)
+
+
+def _sequence(argv: list[str]) -> None:
+    from lota.sequence.run import ADVICE, main
+
+    _run("sequence", argv, main, ADVICE)
 
 
 def _evaluate(argv: list[str]) -> None:

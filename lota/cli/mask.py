@@ -15,19 +15,20 @@ def add_parser(commands: Any) -> None:
         commands,
         "mask",
         run,
-        summary="masks made of masks, of a pruned model, or of someone else's file",
+        summary="make a mask of masks, of models, of a kept ranking, or of another tool's file",
         text="""
 Write the mask OUT, to train on (mask: OUT) or to protect (protect: [OUT]):
 
   --union A B ...         entries that are active in any
   --intersection A B ...  entries that are active in all
   --minus A B ...         entries of A that are active in none of the others
-  --changed BASE TUNED    the --density of the entries that TUNED moved most: protects an aligned model without a ticket
-  --ranking DIR           the --density of the eligible entries that scored highest, of a ranking that calibration kept
-                          (keep_ranking: true): as a calibration with this density would have chosen
+  --changed BASE TUNED    the fraction --density of the entries, those that TUNED moved most: protects an aligned model
+                          that has no ticket
+  --ranking DIR           the entries that scored highest in a ranking that calibration kept (keep_ranking: true): the
+                          mask that a calibration with this --density would have chosen
   --nonzero MODEL         entries of a pruned model that are not zero
   --from FILE             boolean masks by tensor name: .safetensors (True is trained), or .pt as the public LoTA code
-                          writes it (True is frozen), loaded without running code; --true says it otherwise
+                          writes it (True is frozen), loaded without running code; --true changes the meaning of True
 
 A and B are masks or tickets.""",
         examples="""
@@ -38,16 +39,17 @@ lota mask --nonzero models/llama-pruned --out alive
 lota mask --from masks.pt --out theirs""",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    for name in ("union", "intersection", "minus"):
-        source.add_argument(f"--{name}", type=Path, nargs="+", metavar="M", help=f"{name} of masks or tickets")
+    combined = {"union": "any", "intersection": "all", "minus": "the first and none of the others"}
+    for name, which in combined.items():
+        source.add_argument(f"--{name}", type=Path, nargs="+", metavar="M", help=f"entries that are active in {which}")
     source.add_argument(
         "--changed", nargs=2, metavar=("BASE", "TUNED"), help="two models: folders, or names on the hub"
     )
     source.add_argument("--ranking", type=Path, metavar="DIR", help="a run's ranking folder")
     source.add_argument("--nonzero", metavar="MODEL", help="a pruned model: a folder, or a name on the hub")
     source.add_argument("--from", dest="file", type=Path, metavar="FILE", help="boolean masks, .safetensors or .pt")
-    parser.add_argument("--true", choices=("active", "frozen"), help="what True means in FILE")
-    parser.add_argument("--density", type=float, help="of the eligible entries, with --changed, --ranking")
+    parser.add_argument("--true", choices=("active", "frozen"), help="the meaning of True in FILE")
+    parser.add_argument("--density", type=float, help="fraction of the eligible entries, with --changed, --ranking")
     parser.add_argument(
         "--include", action="append", help="pattern of tensor names, with --nonzero, --changed; repeatable"
     )

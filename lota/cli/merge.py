@@ -14,9 +14,9 @@ def add_parser(commands: Any) -> None:
         commands,
         "merge",
         run,
-        summary="several tickets of one base become one",
+        summary="merge several tickets of one base into one",
         text="""
-Write the ticket OUT, made of all TICKETs in memory proportional to their entries. d is value - base:
+Write the ticket OUT, made of all TICKETs. Memory is proportional to their entries. d is value - base:
 
   sum     base + the weighted sum of d; exact, bit for bit, where tickets share no entry
   linear  the weighted mean of the models
@@ -39,10 +39,10 @@ lota merge a b --weights-of '*.mlp.*=1,0.3' --layers 0.4 0.8 --out deep""",
         action="append",
         default=[],
         metavar="PATTERN=W,W,...",
-        help="other weights for tensors whose names match; repeatable, the last that matches counts",
+        help="weights for tensors whose names match; repeatable, the last match counts",
     )
     parser.add_argument(
-        "--layers", type=float, nargs=2, metavar=("A", "B"), help="layer l of L counts A + B l / (L - 1), as in LiNeS"
+        "--layers", type=float, nargs=2, metavar=("A", "B"), help="weight of layer l of L: A + B l / (L - 1) (LiNeS)"
     )
     parser.add_argument("--density", type=float, default=1.0, help="of ties, dare and della (1)")
     parser.add_argument("--epsilon", type=float, default=0.1, help="of della (0.1)")

@@ -16,17 +16,17 @@ def add_parser(commands: Any) -> None:
         commands,
         "overlap",
         run,
-        summary="entries that tickets share, signs in conflict, and what would cancel",
+        summary="print entries that tickets share, signs in conflict, and what would cancel",
         text="""
-For every pair of tickets: entries active in both, those that the two move in opposite directions, and the part of their
-differences that cancels when they are added (lota merge). --per-tensor says it for every tensor, --plot draws it.""",
+For every pair of tickets print the entries active in both, those that the two move in opposite directions, and the
+part of their differences that cancels when they are added (lota merge). --per-tensor adds tensors, --plot draws.""",
         examples="""
 lota overlap runs/math/ticket runs/sql/ticket runs/chat/ticket
 lota overlap a b --per-tensor --json
 lota overlap a b c --plot overlap.png""",
     )
     parser.add_argument("tickets", type=Path, nargs="+", metavar="TICKET", help="two ticket directories or more")
-    parser.add_argument("--per-tensor", action="store_true", help="a line for every tensor, too")
+    parser.add_argument("--per-tensor", action="store_true", help="also print a line for every tensor")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of the pairs (.png, .pdf, .svg)")
 

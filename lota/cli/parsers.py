@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import Any
@@ -42,6 +42,12 @@ def add_command(
         epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quiet", action="store_true", help="print errors only; the exit status says the rest")
+    parser.add_argument("--quiet", action="store_true", help="print errors only; the exit status reports the rest")
     parser.set_defaults(run=run)
     return parser
+
+
+def complete(option: argparse.Action, values: Iterable[str]) -> None:
+    """A shell offers these values after `option`; any others are still taken. argcomplete reads the attribute."""
+    offered = list(values)
+    option.completer = lambda **_: offered  # type: ignore[attr-defined]

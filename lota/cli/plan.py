@@ -13,7 +13,7 @@ from lota.cli.apply import add_trust_option
 from lota.cli.parsers import add_command
 
 if TYPE_CHECKING:
-    from lota.plan import Layout, MethodPlan, ModelShapes
+    from lota.plan import MethodPlan, ModelShapes, RankLayout
     from lota.plan.advice import Choice
     from lota.selection import LeftOut
 
@@ -25,14 +25,14 @@ def add_parser(commands: Any) -> None:
         commands,
         "plan",
         run,
-        summary="bytes that each rank will hold and send, from a model's config alone",
+        summary="print the bytes that each rank will hold and send, from a model's config alone",
         text="""
-Say what a rank holds, needs at most and sends per step, for full fine-tuning (dense ZeRO-3, AdamW), LoRA, LoTA's
-calibration and LoTA's sparse training, side by side, from config.json alone. With --memory also what fits, and for what
-does not, every single change that would make it fit.
+Print what a rank holds, needs at most and sends per step, from config.json alone: side by side for full fine-tuning
+(dense ZeRO-3, AdamW), LoRA, LoTA's calibration and LoTA's sparse training. With --memory also print what fits, and for
+each plan that does not fit every single change that would help.
 
-Activations are not planned: what a plan leaves of the memory is theirs. Masks are taken to lie evenly over ranks, with
-an allowance for the fullest one; --mask counts a real one. docs/planning.md has the formulas.""",
+Activations are not planned; leave memory for them. Masks are assumed to be even over ranks, with an allowance for the
+fullest one; --mask counts a real one. docs/planning_formulas.md has the formulas.""",
         examples="""
 lota plan meta-llama/Llama-3.1-8B --ranks 8 --node_size 8 --density 0.01 --memory 80GiB
 lota plan models/llama-70b --ranks 64 --node_size 8 --shard_group_size 8 --density 0.1
@@ -50,36 +50,36 @@ lota plan models/llama-8b --ranks 8 --json | python -m json.tool""",
     add("--shard_group_size", help="ranks that share one copy of the weights: a number, node or world (world)")
     add("--communication_data_type", default="fp32", choices=("fp32", "bf16"), help="of compact gradients (fp32)")
     add("--gradient_reduction", default="auto", choices=GRADIENT_REDUCTIONS, help="see docs/planning.md (auto)")
-    add("--reduce_every", default="micro_step", choices=REDUCE_EVERY, help="reduce gradients so (micro_step)")
+    add("--reduce_every", default="micro_step", choices=REDUCE_EVERY, help="when gradients are reduced (micro_step)")
     add("--lora_rank", type=int, default=16, help="of the adapters that LoRA is planned with (16)")
     add("--include", action="append", help="pattern of tensor names, instead of all blocks' (default); repeatable")
     add("--exclude", action="append", help="pattern of tensor names to leave out; repeatable")
-    add("--dense", action="append", help="pattern of tensors (or rows, name[a:b]) to train whole besides; repeatable")
+    add("--dense", action="append", help="pattern of tensors (or rows, name[a:b]) to also train whole; repeatable")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro steps in a step (1)")
-    add("--gradient_checkpointing", action="store_true", help="activations are computed twice")
-    add("--offload_param", action="store_true", help="sparse training's weights and state in host memory")
-    add("--offload_optimizer", action="store_true", help="dense training's optimizer state in host memory")
+    add("--gradient_checkpointing", action="store_true", help="compute activations twice")
+    add("--offload_param", action="store_true", help="keep sparse training's weights and state in host memory")
+    add("--offload_optimizer", action="store_true", help="keep dense training's optimizer state in host memory")
     add("--architecture", help="transformers class to plan, such as LlamaForSequenceClassification (a causal LM)")
     add(
         "--set",
         action="append",
         metavar="ENTRY=VALUE",
-        help="plan with another value of an entry of config.json: "
-        "num_labels=3 of a head, vocab_size=128264 where rows were added; repeatable",
+        help="change an entry of config.json for the plan: num_labels=3 of a head, vocab_size=128264 if rows were "
+        "added; repeatable",
     )
     add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of the weights (bfloat16)")
     add("--revision", default="main", help="branch, tag or commit on the hub (main)")
-    add("--memory", help="of one accelerator, such as 80GiB: says what fits, and what would make it fit")
+    add("--memory", help="of one accelerator, such as 80GiB: prints what fits, and what would make it fit")
     add_trust_option(parser)
     add("--json", action="store_true", help="one JSON object instead of a table")
 
 
 def run(args: argparse.Namespace) -> None:
-    from lota.plan import Layout, advise, format_bytes, parse_bytes, read_model, table
+    from lota.plan import RankLayout, advise, format_bytes, parse_bytes, read_model, table
     from lota.selection import eligible, left_out, left_out_lines
 
     memory = None if args.memory is None else parse_bytes(args.memory)
-    layout = Layout(
+    layout = RankLayout(
         ranks=args.ranks,
         node_size=args.node_size,
         shard_group_size=_group_size(args.shard_group_size, args.node_size, args.ranks),
@@ -118,8 +118,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def model_choice(args: argparse.Namespace) -> tuple[str | None, dict[str, Any] | None]:
-    """The class and the entries of config.json to plan with: those of `--architecture` and `--set`, else what the
-    ticket of `--mask` says of a model with more tensors than its base."""
+    """The class and the entries of config.json to plan with: those of `--architecture` and `--set`, else those
+    in the ticket of `--mask`, if its model has more tensors than the base."""
     facts: dict[str, Any] = {}
     if args.mask is not None:
         from lota.ticket import read_manifest
@@ -148,7 +148,7 @@ def _group_size(asked: str | None, node_size: int | None, ranks: int) -> int | N
 
 
 def make_choices(
-    args: argparse.Namespace, model: ModelShapes, layout: Layout, memory: int | None = None
+    args: argparse.Namespace, model: ModelShapes, layout: RankLayout, memory: int | None = None
 ) -> list[Choice]:
     """One choice for each method asked for. ValueError for what the options cannot mean."""
     from lota.plan import LoraSettings, MaskCounts, calibration, choose_reduction, full, lora, lota
@@ -223,7 +223,7 @@ def _load_mask(path: Path, model: ModelShapes) -> Any:
 
 
 def as_json(
-    model: ModelShapes, layout: Layout, plans: list[MethodPlan], advice: list[str], left_out: list[LeftOut]
+    model: ModelShapes, layout: RankLayout, plans: list[MethodPlan], advice: list[str], left_out: list[LeftOut]
 ) -> dict[str, Any]:
     """All integers of the plans."""
     rows = []

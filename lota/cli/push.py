@@ -16,10 +16,10 @@ def add_parser(commands: Any) -> None:
         run,
         summary="publish a ticket on the hub",
         text="""
-Upload the ticket T as NAME. Its card names the base, and the licence that you give: the base model's terms apply, and
-what you may choose is yours. Paths of this machine are left out of the provenance, and what was left out is said.
+Upload the ticket T as NAME. Its card names the base and the licence that you give; the base model's terms apply. Paths
+of this machine are left out of the provenance, and the command prints what was left out.
 
-Afterwards NAME (or NAME@REVISION) stands wherever a ticket's path does.""",
+Afterwards NAME (or NAME@REVISION) works wherever a ticket's path does.""",
         examples="""
 lota push runs/gsm8k/ticket me/llama-gsm8k-1 --licence llama3.1
 lota push runs/gsm8k/ticket me/llama-gsm8k-1 --licence llama3.1 --base meta-llama/Llama-3.1-8B --to public
@@ -27,9 +27,9 @@ lota apply --base meta-llama/Llama-3.1-8B me/llama-gsm8k-1 --out llama-gsm8k""",
     )
     parser.add_argument("ticket", type=Path, metavar="T", help="ticket directory")
     parser.add_argument("name", metavar="NAME", help="owner/name on the hub")
-    parser.add_argument("--licence", "--license", required=True, help="an identifier of the hub's, such as apache-2.0")
-    parser.add_argument("--base", help="the base's name on the hub, where the ticket was made on a local folder")
-    parser.add_argument("--private", action="store_true", help="for you alone")
+    parser.add_argument("--licence", "--license", required=True, help="the hub's identifier of it, such as apache-2.0")
+    parser.add_argument("--base", help="the base's name on the hub, if the ticket was made on a folder")
+    parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", help="branch to upload to (main)")
     parser.add_argument(
         "--to", type=Path, metavar="FOLDER", help="write what would be uploaded here, and upload nothing"

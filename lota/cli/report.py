@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
         summary="draw the picture of a run again",
         text="""
 Draw RUN/report.png from the run's metrics and ticket: losses, learning rate, gradient norm, and where in the model the
-trained weights lie. Works on a run that is not finished.""",
+trained weights are. Works on an unfinished run too.""",
         examples="lota report runs/gsm8k",
     )
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="output_dir of a run")

@@ -15,13 +15,13 @@ def add_parser(commands: Any) -> None:
         commands,
         "revert",
         run,
-        summary="make the base again from a checkpoint that carries tickets",
+        summary="write the base again from a checkpoint with tickets applied",
         text="""
 Write the checkpoint folder OUT: TUNED with the base values that the tickets hold put back.
 
-It is checked first that every entry of the tickets has the ticket's value, and then that every tensor that the tickets
-know, frozen ones too, has the base's fingerprint: what they know is the base bit for bit, or OUT is not written. The
-last line says how many tensors that were. Give all the tickets that were applied.""",
+First every entry of the tickets must have the ticket's value. Then every tensor that the tickets know, frozen ones too,
+must have the base's fingerprint. Otherwise OUT is not written. The last line has the number of tensors that were
+compared. Give all the tickets that were applied.""",
         examples="""
 lota revert --tuned llama-gsm8k runs/gsm8k/ticket --out llama-again""",
     )

@@ -22,13 +22,13 @@ def add_parser(commands: Any) -> None:
         summary="prove that a model is a base plus exactly these tickets",
         text="""
   --base A --tuned B   every bit of B is A's, or a ticket's where it is active
-  --tuned B            with the tickets' base values put back, B has the base's fingerprints: the base is not needed
-  --base A             A is the base of the tickets: before anything is written
+  --tuned B            with the tickets' base values put back, B has the base's fingerprints; needs no base
+  --base A             A is the base of the tickets; for use before anything is written
   neither              the tickets' files are sound
 
---protected P (a ticket or mask, with both models) proves besides that none of its entries moved.
+--protected P (a ticket or mask, with both models) also proves that none of its entries moved.
 
-Exit status 0 where all is proved, 1 where it is not; what is wrong is named, a line each.""",
+The exit status is 0 if all is proved, and 1 if not; each error has its line.""",
         examples="""
 lota verify runs/gsm8k/ticket --base meta-llama/Llama-3.1-8B --tuned runs/gsm8k/merged
 lota verify runs/gsm8k/ticket --tuned served-model --json
@@ -36,7 +36,7 @@ lota verify math sql --base models/llama --tuned both --protected safety/ticket"
     )
     parser.add_argument("tickets", type=Path, nargs="+", metavar="TICKET", help="ticket directories")
     parser.add_argument("--base", help="the base model: a folder, or a name on the hub")
-    parser.add_argument("--tuned", help="the model that is to be base plus tickets")
+    parser.add_argument("--tuned", help="the model that should be base plus tickets")
     parser.add_argument(
         "--protected", type=Path, action="append", default=[], metavar="P", help="ticket or mask; repeatable"
     )

@@ -40,21 +40,21 @@ class Source:
         default=None, metadata={"help": "Instead of prompt_field: text with {field} names, '{{' for a brace."}
     )
     completion_field: str | None = field(default=None, metadata={"help": "Field that is the answer (completion)."})
-    completion_template: str | None = field(default=None, metadata={"help": "Likewise, instead of completion_field."})
+    completion_template: str | None = field(default=None, metadata={"help": "The same, instead of completion_field."})
     messages_field: str | None = field(default=None, metadata={"help": "Field with a conversation (messages)."})
     text_field: str | None = field(default=None, metadata={"help": "Field that is plain text to learn whole (text)."})
-    text_template: str | None = field(default=None, metadata={"help": "Likewise, instead of text_field."})
+    text_template: str | None = field(default=None, metadata={"help": "The same, instead of text_field."})
     chosen_field: str | None = field(default=None, metadata={"help": "Preferences: field of the better answer."})
-    chosen_template: str | None = field(default=None, metadata={"help": "Likewise, instead of chosen_field."})
+    chosen_template: str | None = field(default=None, metadata={"help": "The same, instead of chosen_field."})
     rejected_field: str | None = field(default=None, metadata={"help": "Preferences: field of the worse answer."})
-    rejected_template: str | None = field(default=None, metadata={"help": "Likewise, instead of rejected_field."})
+    rejected_template: str | None = field(default=None, metadata={"help": "The same, instead of rejected_field."})
     skip_empty: bool = field(
         default=False,
-        metadata={"help": "Leave out rows with nothing (null, NaN, no text) to make a column of; else refuse them."},
+        metadata={"help": "Leave out rows that lack a column (null, NaN, no text), instead of refusing them."},
     )
     as_chat: bool = field(
         default=False,
-        metadata={"help": "Prompt and answer become a user's and an assistant's turn under the chat template."},
+        metadata={"help": "Make prompt and answer a user's and an assistant's turn, under the chat template."},
     )
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class DataArguments(Source):
         default=None, metadata={"help": "Rows of an epoch (the most that the weights allow without repeating a row)."}
     )
     eval_rows: int | None = field(default=None, metadata={"help": "Evaluation rows to take out of the training rows."})
-    eval_fraction: float | None = field(default=None, metadata={"help": "Likewise, as a part of them."})
+    eval_fraction: float | None = field(default=None, metadata={"help": "The same, as a fraction of them."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,7 +36,7 @@ from lota.ticket import Ticket
 
 CONFIG_PATH = CONFIGS / "demo.yaml"
 MARKER = ".lota-demo"
-# Each method's learning rate is the best of an equal sweep (docs/experiments.md); lota's stands in the config file.
+# Each method's learning rate is the best of an equal sweep (benchmarks/demo_rates.py); lota's is in the config file.
 FULL_LEARNING_RATE = 1e-3
 NUM_RANKS = 2
 

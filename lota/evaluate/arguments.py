@@ -18,17 +18,17 @@ class EvaluateArguments(SourceArguments):
         default_factory=list, metadata={"help": "For the rows: loss, exact, number, rouge (default: loss)."}
     )
     tasks: list[str] = field(default_factory=list, metadata={"help": "Tasks of lm-eval."})
-    output: str = field(default="results.json", metadata={"help": "Results file; one that is there is continued."})
-    predictions: str | None = field(default=None, metadata={"help": "Folder for what the models wrote, .jsonl each."})
-    dtype: str = field(default="auto", metadata={"help": "auto: the tickets' base's, else the checkpoint's."})
+    output: str = field(default="results.json", metadata={"help": "Results file; an existing one is continued."})
+    predictions: str | None = field(default=None, metadata={"help": "Folder for the models' answers, one .jsonl each."})
+    dtype: str = field(default="auto", metadata={"help": "auto: that of the tickets' base, or of the checkpoint."})
     device_map: str | None = field(default=None, metadata={"help": "auto spreads a model over this process's GPUs."})
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the Python code that the model's folder brings along."}
+        default=False, metadata={"help": "Run the Python code in the model's folder."}
     )
     batch_size: int = field(default=8, metadata={"help": "Rows in one forward pass."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first rows, of the data and of every task."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer that is written."})
-    temperature: float = field(default=0.0, metadata={"help": "0 decodes greedily, above it samples."})
+    limit: int | None = field(default=None, metadata={"help": "Only the first rows of the data and of every task."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer to generate, in tokens."})
+    temperature: float = field(default=0.0, metadata={"help": "0 decodes greedily, a larger value samples."})
     stop: list[str] | None = field(default=None, metadata={"help": "Texts that end an answer, beside the end token."})
     # The Trainer's default, so that rows set aside by it are the same ones.
     seed: int = field(default=42, metadata={"help": "For rows set aside, sampling, lm-eval's choice of examples."})

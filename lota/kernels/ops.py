@@ -376,7 +376,7 @@ def _check_pull(pull: Pull | None, length: int, beside: Tensor, exact: bool = Fa
     _check_compact("pull.old", pull.old, length, beside, exact)
     _check_compact("pull.importance", pull.importance, length, beside, exact)
     if pull.importance.dtype == torch.float16:
-        raise ValueError("pull.importance must be bf16 or fp32, got torch.float16, which spans less than it does")
+        raise ValueError("pull.importance must be bf16 or fp32, got torch.float16: fp16 does not reach far enough")
     _check_scalar("pull.rate", pull.rate, beside)
 
 

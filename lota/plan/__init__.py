@@ -2,18 +2,18 @@
 
 from lota.plan.advice import advise
 from lota.plan.counts import LoraSettings, MaskCounts, Spread
-from lota.plan.layout import Layout, Transfer
+from lota.plan.layout import RankLayout, Transfer
 from lota.plan.methods import MethodPlan, calibration, full, lora, lota
 from lota.plan.model import ModelShapes, read_model, shapes_of_config
 from lota.plan.reduction import choose_reduction
 from lota.plan.text import format_bytes, parse_bytes, short_lines, table
 
 __all__ = [
-    "Layout",
     "LoraSettings",
     "MaskCounts",
     "MethodPlan",
     "ModelShapes",
+    "RankLayout",
     "Spread",
     "Transfer",
     "advise",

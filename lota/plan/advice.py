@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from lota.plan.layout import Layout
+from lota.plan.layout import RankLayout
 from lota.plan.methods import MethodPlan
 from lota.plan.text import format_bytes
 
@@ -17,7 +17,7 @@ _DENSITIES = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 class Choice:
     """What a plan was made from, so that one thing of it can be changed. make(choice): the plan."""
 
-    layout: Layout
+    layout: RankLayout
     make: Callable[[Choice], MethodPlan]
     density: float | None = None
     reduction: str | None = None

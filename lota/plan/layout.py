@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Layout:
+class RankLayout:
     """Ranks, and what of the DeepSpeed configuration decides bytes.
 
     shard_group_size: ranks that share one copy of the weights in sparse training (None: all). bucket: entries of a

@@ -1,4 +1,4 @@
-"""Bytes per rank of dense ZeRO-3, LoRA, LoTA's calibration and LoTA's sparse training. Formulas: docs/planning.md."""
+"""Bytes per rank of dense ZeRO-3, LoRA, LoTA's calibration and sparse training, as in docs/planning_formulas.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from lota.kernels import TILE
 from lota.plan import moments
 from lota.plan.counts import LoraSettings, MaskCounts, excess_percent
-from lota.plan.layout import Layout, Transfer
+from lota.plan.layout import RankLayout, Transfer
 from lota.plan.model import ModelShapes
 from lota.plan.moments import Moment
 
@@ -78,7 +78,7 @@ class MethodPlan:
         """The most in host memory."""
         return self.host_held + self.at_moments[self.host_peak_moment].host
 
-    def sent(self, layout: Layout) -> tuple[int, int]:
+    def sent(self, layout: RankLayout) -> tuple[int, int]:
         """Bytes a rank sends per step inside its node, and over the network."""
         pairs = [transfer.sent(layout.ranks_per_node) for transfer in self.transfers]
         return sum(inside for inside, _ in pairs), sum(across for _, across in pairs)
@@ -88,14 +88,14 @@ class MethodPlan:
         return sum(t.payload for t in self.transfers if t.kind == kind and len(t.group) > 1)
 
 
-def full(model: ModelShapes, layout: Layout) -> MethodPlan:
+def full(model: ModelShapes, layout: RankLayout) -> MethodPlan:
     """Stock ZeRO-3 with AdamW on every weight."""
     plan = _dense("dense ZeRO-3", model, layout, list(model.shapes))
     size = model.numel()
     return replace(plan, checkpoint=(model.item_bytes + _ADAMW) * size, product=model.item_bytes * size)
 
 
-def lora(model: ModelShapes, layout: Layout, settings: LoraSettings) -> MethodPlan:
+def lora(model: ModelShapes, layout: RankLayout, settings: LoraSettings) -> MethodPlan:
     """Stock ZeRO-3 with AdamW on adapters; the gathers include the frozen weights (an upper bound: what comes before
     the first adapter needs none in backward)."""
     added = settings.shapes(model)
@@ -105,7 +105,7 @@ def lora(model: ModelShapes, layout: Layout, settings: LoraSettings) -> MethodPl
     return replace(plan, checkpoint=(model.item_bytes + _ADAMW) * size, product=model.item_bytes * size)
 
 
-def calibration(model: ModelShapes, layout: Layout, eligible: Sequence[str], score: str) -> MethodPlan:
+def calibration(model: ModelShapes, layout: RankLayout, eligible: Sequence[str], score: str) -> MethodPlan:
     """LoTA's first phase, sharded over all ranks: `task_vector` trains densely; `gradient`, `fisher` and `snip` keep a
     score; `magnitude` and `random` nothing."""
     numel, pieces = model.numel(eligible), model.pieces(layout.ranks, eligible)
@@ -136,7 +136,7 @@ def calibration(model: ModelShapes, layout: Layout, eligible: Sequence[str], sco
 
 def _calibration_moments(
     model: ModelShapes,
-    layout: Layout,
+    layout: RankLayout,
     eligible: Sequence[str],
     score: str,
     *,
@@ -152,7 +152,7 @@ def _calibration_moments(
 
 def lota(
     model: ModelShapes,
-    layout: Layout,
+    layout: RankLayout,
     mask: MaskCounts,
     *,
     reduction: str = "compact",
@@ -221,7 +221,7 @@ def lota(
 
 
 def _lota_moments(
-    model: ModelShapes, layout: Layout, mask: MaskCounts, names: Sequence[str], device: Mapping[str, int]
+    model: ModelShapes, layout: RankLayout, mask: MaskCounts, names: Sequence[str], device: Mapping[str, int]
 ) -> dict[str, Moment]:
     size, spread = layout.shard_size, mask.spread
     own = -(-max(spread.counts.values(), default=0) // size)
@@ -245,7 +245,7 @@ def _lota_moments(
 
 
 def _dense(
-    name: str, model: ModelShapes, layout: Layout, trained: Sequence[str], has_frozen_bottom: bool = True
+    name: str, model: ModelShapes, layout: RankLayout, trained: Sequence[str], has_frozen_bottom: bool = True
 ) -> MethodPlan:
     """Stock ZeRO-3: fp32 masters and two moments, gradients in the weights' dtype, one bucket."""
     ranks, item = layout.ranks, model.item_bytes
@@ -268,7 +268,7 @@ def _dense(
     return MethodPlan(name, device, host, work, step, transfers, 0, 0, numel, at)
 
 
-def _weights(model: ModelShapes, layout: Layout, size: int) -> dict[str, int]:
+def _weights(model: ModelShapes, layout: RankLayout, size: int) -> dict[str, int]:
     held = {"weights": model.item_bytes * model.pieces(size)}
     kept = model.item_bytes * model.persistent(_threshold(model, layout))
     if size > 1 and kept:
@@ -276,7 +276,7 @@ def _weights(model: ModelShapes, layout: Layout, size: int) -> dict[str, int]:
     return held
 
 
-def _at_work(model: ModelShapes, layout: Layout, is_gathered: bool, trained: Sequence[str]) -> dict[str, int]:
+def _at_work(model: ModelShapes, layout: RankLayout, is_gathered: bool, trained: Sequence[str]) -> dict[str, int]:
     work = {"largest gradient": model.item_bytes * model.largest_gradient(trained)}
     if is_gathered:
         passing = model.numel() - model.persistent(_threshold(model, layout))
@@ -286,7 +286,7 @@ def _at_work(model: ModelShapes, layout: Layout, is_gathered: bool, trained: Seq
     return work
 
 
-def _gathers(model: ModelShapes, layout: Layout, group: range, trained: Sequence[str]) -> list[Transfer]:
+def _gathers(model: ModelShapes, layout: RankLayout, group: range, trained: Sequence[str]) -> list[Transfer]:
     """Weights for forward, backward and, with activation checkpointing, the second forward.
 
     Small tensors stay gathered from one step to the next. What all fits under DeepSpeed's limits is gathered once per
@@ -303,7 +303,7 @@ def _gathers(model: ModelShapes, layout: Layout, group: range, trained: Sequence
     return [Transfer("weights", "all_gather", model.item_bytes * total, group)]
 
 
-def _before(model: ModelShapes, layout: Layout, trained: Sequence[str]) -> int:
+def _before(model: ModelShapes, layout: RankLayout, trained: Sequence[str]) -> int:
     """Elements that come and go and lie before the first trained tensor; with activation checkpointing, which may be
     reentrant and then runs backward through all blocks, before the first block at least."""
     first = set(trained)
@@ -318,12 +318,12 @@ def _before(model: ModelShapes, layout: Layout, trained: Sequence[str]) -> int:
     return count
 
 
-def _bucket(model: ModelShapes, layout: Layout, most: int | None) -> int:
+def _bucket(model: ModelShapes, layout: RankLayout, most: int | None) -> int:
     bucket = model.hidden**2 if layout.bucket is None else layout.bucket
     return bucket if most is None else min(bucket, most)
 
 
-def _threshold(model: ModelShapes, layout: Layout) -> int:
+def _threshold(model: ModelShapes, layout: RankLayout) -> int:
     return 10 * model.hidden if layout.persistence_threshold is None else layout.persistence_threshold
 
 
@@ -335,7 +335,7 @@ def _index(active: int, offset_bytes: int) -> int:
     return -(-active // TILE) * 8 + _padded(active) * offset_bytes
 
 
-def _buffers(bucket: int, received: int, layout: Layout) -> int:
+def _buffers(bucket: int, received: int, layout: RankLayout) -> int:
     """Bytes of a bucket that is filled, and of those on their way: packed (or all-reduced in place), and received. One
     rank has none: gradients go straight to where they are summed."""
     if layout.ranks == 1:

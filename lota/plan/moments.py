@@ -1,7 +1,7 @@
 """What the moments of a run that come once in a while take beside what is held: built, saved, resumed, selected.
 
-All of it is bounded: a chunk of positions, a piece of a tensor, or what one tensor holds. docs/planning.md lists the
-terms.
+All of it is bounded: a chunk of positions, a piece of a tensor, or what one tensor holds. docs/planning_formulas.md
+lists the terms.
 """
 
 from __future__ import annotations

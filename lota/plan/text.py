@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lota.plan.layout import Layout
+from lota.plan.layout import RankLayout
 from lota.plan.methods import MethodPlan
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -31,7 +31,7 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[unit or "b"])
 
 
-def table(plans: Sequence[MethodPlan], layout: Layout, memory: int | None = None) -> str:
+def table(plans: Sequence[MethodPlan], layout: RankLayout, memory: int | None = None) -> str:
     """All plans side by side: one column a plan, one row a kind of byte."""
     rows: list[tuple[str, list[str]]] = [("bytes per rank", [plan.name for plan in plans]), ("", [])]
     rows += _rows("on the device", [plan.device for plan in plans])
@@ -61,7 +61,7 @@ def table(plans: Sequence[MethodPlan], layout: Layout, memory: int | None = None
     return _aligned(rows)
 
 
-def short_lines(plans: Sequence[MethodPlan], layout: Layout) -> list[str]:
+def short_lines(plans: Sequence[MethodPlan], layout: RankLayout) -> list[str]:
     """For a run's log: per plan what a rank holds, needs at most, and sends."""
     lines = []
     for plan in plans:

@@ -48,8 +48,26 @@ class LotaArguments(SourceArguments):
     pull: float | None = field(
         default=None, metadata={"help": f"How strongly, with retain ({choices.PULL:g}; try 3 and 30)."}
     )
+    kept: list[Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of what is to be kept, as [{name: sql, data: FILE, ...}], measured at points between the "
+            "values at the start and the trained ones."
+        },
+    )
+    alphas: list[float] | None = field(
+        default=None, metadata={"help": f"These points ({' '.join(f'{alpha:g}' for alpha in choices.ALPHAS)})."}
+    )
+    forget_budget: float | None = field(
+        default=None,
+        metadata={"help": "Deliver the largest at which no kept loss rises by more than this (nats per token)."},
+    )
     keep_importance: bool = field(
         default=False, metadata={"help": "Keep in the ticket what this task needs of all weights, for retain later on."}
+    )
+    fisher: str = field(
+        default="empirical",
+        metadata={"help": "By whose answers: empirical (the rows'), or true (tokens sampled from the model)."},
     )
     importance_batches: int = field(
         default=choices.IMPORTANCE_BATCHES,
@@ -97,6 +115,17 @@ class LotaArguments(SourceArguments):
         metadata={"help": "Round fp32 masters into bf16 weights stochastically, by this seed (none: to nearest even)."},
     )
     ticket_dtype: str | None = field(default=None, metadata={"help": "float32 keeps masters (the weights' own dtype)."})
+    reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of preferences: ticket (the base's values put back for a forward pass), model (a second one) or "
+            "precompute (ticket for method lota, else model)."
+        },
+    )
+    ticket_form: str = field(
+        default="plain",
+        metadata={"help": "plain; packed: about half of the bytes, read beside the base; values: readable without it."},
+    )
     lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter (16)."})
     lora_alpha: int | None = field(default=None, metadata={"help": "The adapter is scaled by alpha / r (32)."})
     lora_dropout: float | None = field(default=None, metadata={"help": "Dropout before the adapter (0.05)."})
@@ -108,8 +137,14 @@ class LotaArguments(SourceArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.retain, str):
-            import yaml  # late, as in DataArguments
+        self.retain, self.kept = _listed(self.retain), _listed(self.kept)
 
-            given = yaml.safe_load(self.retain)
-            self.retain = given if isinstance(given, list) else [given]
+
+def _listed(given: list[Any] | str | None) -> list[Any] | None:
+    """YAML on the command line; one item is a list of one."""
+    if not isinstance(given, str):
+        return given
+    import yaml  # late, as in DataArguments
+
+    read = yaml.safe_load(given)
+    return read if isinstance(read, list) else [read]

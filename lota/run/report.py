@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ def draw_report(folder: Path, summary: Mapping[str, Any]) -> Path:
     grid = read_grid(folder)
     if not series and grid is None:
         raise ValueError(f"{folder} holds neither metrics.jsonl nor a ticket: there is nothing to draw")
-    figure = picture(series, grid, headline(summary))
+    dial = (summary.get("training", {}).get("dial") or {}).get("points", [])
+    figure = picture(series, grid, headline(summary), dial)
     temporary = folder / f".{REPORT_NAME}.partial"
     FigureCanvasAgg(figure).print_png(str(temporary))
     os.replace(temporary, folder / REPORT_NAME)
@@ -95,8 +96,10 @@ def headline(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def picture(series: Series, grid: DensityGrid | None, title: str) -> Figure:
-    """Curves above, heat map below."""
+def picture(
+    series: Series, grid: DensityGrid | None, title: str, dial: Sequence[Mapping[str, Any]] = ()
+) -> Figure:
+    """Curves above, heat map below. dial: points between old and new values, for a frontier beside the curves."""
     curves_inches = 3.6 if series else 0
     map_inches = 0 if grid is None else 1.6 + 0.3 * len(grid.columns)
     figure = Figure(figsize=(13, 0.6 + curves_inches + map_inches), dpi=110)
@@ -105,8 +108,11 @@ def picture(series: Series, grid: DensityGrid | None, title: str) -> Figure:
     heights = [inches for inches in (curves_inches, map_inches) if inches]
     parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat)
     if series:
-        loss, rate, norm = parts[0].subplots(1, 3, width_ratios=[2, 1, 1])
+        widths = [2, *([1] * (3 if dial else 2))]
+        loss, *frontier, rate, norm = parts[0].subplots(1, len(widths), width_ratios=widths)
         _draw_losses(loss, series)
+        if dial:
+            _draw_dial(frontier[0], dial)
         _draw_curve(rate, series, "learning_rate", "learning rate", is_schedule=True)
         _draw_curve(norm, series, "grad_norm", "gradient norm")
     if grid is not None:
@@ -130,6 +136,24 @@ def _draw_losses(axes: Axes, series: Series) -> None:
     _finish(axes, "loss", every)
     if every:
         axes.legend(frameon=False, fontsize=9)
+
+
+def _draw_dial(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
+    """What is kept against what is learnt: every kept loss's rise over the new task's loss, a dot for each alpha."""
+    has_loss = all("eval_loss" in point for point in points)
+    across = [point["eval_loss"] if has_loss else point["alpha"] for point in points]
+    for name, start in points[0]["kept"].items():
+        axes.plot(across, [point["kept"][name] - start for point in points], marker=".", linewidth=1.2, label=name)
+    for x, point in zip(across, points):
+        if has_loss:
+            highest = max(loss - points[0]["kept"][name] for name, loss in point["kept"].items())
+            axes.text(x, highest, f" {point['alpha']:g}", fontsize=7, va="bottom")
+    axes.set_title("rise of kept losses", fontsize=11)
+    axes.set_xlabel("new task's evaluation loss" if has_loss else "alpha", fontsize=9)
+    axes.tick_params(labelsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_curve(axes: Axes, series: Series, name: str, title: str, is_schedule: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -45,8 +46,10 @@ class Calibration:
 @dataclass(frozen=True)
 class Keeping:
     """What earlier tasks are kept by. tickets: on the base when the run begins. retain: paths of tickets (or importance
-    files), or rows. pull: None for none. importance_batches: from how many micro-batches an importance is collected.
-    keep_importance: whether this run leaves its own."""
+    files), or rows. pull: None for none. importance_batches: from how many micro-batches an importance is collected,
+    and fisher by whose answers (`choices.FISHERS`).
+    keep_importance: whether this run leaves its own. kept: by name, rows to measure at the points `alphas` between old
+    and new values, of which the largest within `forget_budget` (nats per token; None: 1) is delivered."""
 
     tickets: tuple[str, ...]
     overlap: bool
@@ -54,6 +57,10 @@ class Keeping:
     pull: float | None
     keep_importance: bool
     importance_batches: int
+    fisher: str
+    kept: Mapping[str, DataPlan]
+    alphas: tuple[float, ...]
+    forget_budget: float | None
 
 
 @dataclass(frozen=True)
@@ -71,8 +78,10 @@ class Adapter:
 class RunOptions:
     """What a run is, besides TRL's configuration and its rows; settled once, and read by all that comes after.
 
-    calibration: None where a mask is given, and for the methods without one. adapter: of method lora. given: the
-    options as config.yaml holds them. notes: for the user, options of the config file that this method does not use.
+    calibration: None where a mask is given, and for the methods without one. adapter: of method lora. reference: of
+    preferences, one of `choices.REFERENCES`; None without, and for an adapter, which is switched off instead.
+    given: the options as config.yaml holds them. notes: for the user, options of the config file that this method
+    does not use.
     """
 
     method: str
@@ -90,6 +99,8 @@ class RunOptions:
     max_skipped_steps: int
     rounding_seed: int | None
     ticket_dtype: str | None
+    ticket_form: str
+    reference: str | None
     adapter: Adapter | None
     keeping: Keeping
     merged: bool
@@ -158,6 +169,12 @@ def resolve(
     ds_config.check(config, is_sparse=args.method == "lota" and not mask_only)
     if args.ticket_dtype not in (None, "float32"):
         raise ValueError(f"ticket_dtype must be float32 or left out (the weights' own), got {args.ticket_dtype!r}")
+    choices.check_choice("ticket_form", args.ticket_form, choices.TICKET_FORMS)
+    if args.ticket_form != "plain" and args.ticket_dtype is not None:
+        raise ValueError(
+            f"ticket_form: {args.ticket_form} stores differences of the weights' own bits, and ticket_dtype: "
+            "float32 stores masters: leave one of them out"
+        )
     choices.check_max_skipped_steps(args.max_skipped_steps)
     choices.check_choice("gradient_reduction", args.gradient_reduction, choices.GRADIENT_REDUCTIONS)
     check_shard_group_size(args.shard_group_size, world_size())
@@ -186,7 +203,7 @@ def resolve(
     _check_rounding(args.rounding_seed, config)
     for path in args.protect or ():
         Mask.load(path)
-    keeping = _keeping(args, unused)
+    keeping = _keeping(args, config, unused)
     return RunOptions(
         method=args.method,
         model=args.model_name_or_path,
@@ -203,6 +220,8 @@ def resolve(
         max_skipped_steps=args.max_skipped_steps,
         rounding_seed=args.rounding_seed,
         ticket_dtype=args.ticket_dtype,
+        ticket_form=args.ticket_form,
+        reference=_reference(args, config, unused),
         adapter=adapter,
         keeping=keeping,
         merged=args.merged,
@@ -242,14 +261,35 @@ _CALIBRATION = (
     "keep_ranking", "include", "exclude",
 )  # fmt: skip
 
-_SPARSE = ("shard_group_size", "gradient_reduction", "kernels", "rounding_seed", "ticket_dtype")
+_SPARSE = ("shard_group_size", "gradient_reduction", "kernels", "rounding_seed", "ticket_dtype", "ticket_form")
 
-_PULL = ("retain", "pull", "keep_importance", "importance_batches")
+_PULL = ("retain", "pull", "keep_importance", "importance_batches", "fisher", "kept", "alphas", "forget_budget")
 
 _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
 
 
-def _keeping(args: LotaArguments, unused: _Unused) -> Keeping:
+def _reference(args: LotaArguments, config: Config, unused: _Unused) -> str | None:
+    """Where the reference model of preferences comes from. Sets TRL's own option where it is precomputed."""
+    if not isinstance(config, PreferenceConfig):
+        unused.drop("only preferences have a reference", ("reference",))
+        return None
+    if args.method == "lora":
+        unused.drop("method: lora switches its adapter off for the reference", ("reference",))
+        return None
+    precomputed, is_free = config.precompute_ref_log_probs, args.method == "lota" and not config.sync_ref_model
+    usual = "precompute" if precomputed else "ticket" if is_free else "model"
+    chosen = choices.check_choice("reference", args.reference or usual, choices.REFERENCES)
+    if precomputed and chosen != "precompute":
+        raise ValueError(f"reference: {chosen} and precompute_ref_log_probs: true: leave one of them out")
+    if chosen == "ticket" and args.method != "lota":
+        raise ValueError(f"reference: ticket needs method: lota; method: {args.method} takes model or precompute")
+    if config.sync_ref_model and chosen != "model":
+        raise ValueError(f"sync_ref_model moves a model of its own: set reference: model, got {chosen}")
+    config.precompute_ref_log_probs = chosen == "precompute"
+    return chosen
+
+
+def _keeping(args: LotaArguments, config: Config, unused: _Unused) -> Keeping:
     """Check what is to be kept of earlier tasks; opens the tickets and the importance files."""
     tickets = [Ticket.load(path) for path in args.tickets or ()]
     for path, ticket in zip(args.tickets or (), tickets, strict=True):
@@ -259,6 +299,8 @@ def _keeping(args: LotaArguments, unused: _Unused) -> Keeping:
             raise ValueError(f"{path} holds no base values, so nobody knows what it changes: make it with them")
     if args.overlap and not tickets:
         unused.drop("no tickets are given", ("overlap",))
+    if args.fisher == "true" and isinstance(config, PreferenceConfig):
+        raise ValueError("fisher: true samples answers to examples, and preferences have none: remove it")
     retain = tuple(_retained(item) for item in args.retain or ())
     if retain and args.pull is None:
         args.pull = choices.PULL
@@ -266,11 +308,40 @@ def _keeping(args: LotaArguments, unused: _Unused) -> Keeping:
     if args.importance_batches < 1:
         raise ValueError(f"importance_batches must be at least 1, got {args.importance_batches}")
     if not args.keep_importance and all(isinstance(item, str) for item in retain):
-        unused.drop("no importance is collected (neither keep_importance nor rows to retain)", ("importance_batches",))
+        reason = "no importance is collected (neither keep_importance nor rows to retain)"
+        unused.drop(reason, ("importance_batches", "fisher"))
     pull = None if args.pull is None else float(args.pull)
     return Keeping(
-        tuple(args.tickets or ()), args.overlap, retain, pull, args.keep_importance, args.importance_batches
+        tuple(args.tickets or ()),
+        args.overlap,
+        retain,
+        pull,
+        args.keep_importance,
+        args.importance_batches,
+        choices.check_choice("fisher", args.fisher, choices.FISHERS),
+        *_dial(args, unused),
     )
+
+
+def _dial(args: LotaArguments, unused: _Unused) -> tuple[dict[str, DataPlan], tuple[float, ...], float | None]:
+    """The rows that are measured, the points at which, and the budget."""
+    if not args.kept:
+        unused.drop("no rows to keep are given (kept)", ("alphas", "forget_budget"))
+        return {}, (), None
+    plans: dict[str, DataPlan] = {}
+    for number, item in enumerate(args.kept):
+        if not isinstance(item, dict):
+            raise ValueError(f"kept takes rows as {{name: NAME, data: FILE, ...}}, got {item!r:.120}")
+        entry = dict(item)
+        name = str(entry.pop("name", f"kept{number + 1}"))
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in plans or name == "eval":
+            raise ValueError(f"kept: every entry needs a name of its own, of letters and digits, got {name!r}")
+        plans[name] = _rows("kept", entry)
+    alphas = tuple(sorted({choices.check_alpha(alpha) for alpha in args.alphas or choices.ALPHAS}))
+    budget = args.forget_budget
+    if budget is not None and not 0 <= budget < math.inf:
+        raise ValueError(f"forget_budget must be 0 or above, in nats per token, got {budget}")
+    return plans, alphas, budget
 
 
 def _retained(item: Any) -> str | DataPlan:
@@ -280,13 +351,17 @@ def _retained(item: Any) -> str | DataPlan:
         return item
     if not isinstance(item, dict):
         raise ValueError(f"retain takes tickets, or rows as {{train_file: FILE, ...}}, got {item!r:.120}")
-    entry = dict(item)
+    return _rows("retain", dict(item))
+
+
+def _rows(option: str, entry: dict[str, Any]) -> DataPlan:
+    """Rows named by the options of a data set; `data` is short for `train_file`."""
     if "data" in entry:
         entry["train_file"] = entry.pop("data")
     known = [option.name for option in fields(DataArguments) if not option.name.startswith("eval")]
     for name in entry:
         if name not in known:
-            raise ValueError(f"retain: unknown option {name!r}" + did_you_mean(str(name), known))
+            raise ValueError(f"{option}: unknown option {name!r}" + did_you_mean(str(name), known))
     return plan_data(DataArguments(**entry))
 
 

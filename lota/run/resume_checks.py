@@ -51,8 +51,8 @@ def facts(plan: DataPlan, config: Any, ranks: int) -> dict[str, Any]:
 
 
 _PATHS = (
-    *("model_name_or_path", "train_file", "eval_file", "mask", "protect", "tickets", "retain", "chat_template_path"),
-    "tasks_path",
+    *("model_name_or_path", "train_file", "eval_file", "mask", "protect", "tickets", "retain", "kept"),
+    *("chat_template_path", "tasks_path"),
 )
 
 

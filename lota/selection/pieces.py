@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from torch import Tensor
 
 from lota.selection.protection import Protection
-from lota.selection.topk import Piece
+from lota.selection.topk import ScorePiece
 from lota.selection.workers import Workers
 
 Pieces = Callable[[], Iterable[tuple[str, int, Tensor]]]
@@ -36,7 +36,7 @@ class PieceReader:
             self.eligible += self.numel[name]
         self.problem: str | None = None
 
-    def walk(self) -> Iterator[Piece]:
+    def walk(self) -> Iterator[ScorePiece]:
         """The pieces that are not empty. Calls pieces() once."""
         self.problem = None
         here, end = -1, 0  # the tensor reached, and the flat position in it
@@ -53,11 +53,11 @@ class PieceReader:
                 here, end = self.position[name], stop
                 if stop > start:
                     free = self._protection.free(name, start, stop, scores.device)
-                    yield Piece(name, start, self._model_start[name] + start, scores.detach(), free)
+                    yield ScorePiece(name, start, self._model_start[name] + start, scores.detach(), free)
         except ValueError as error:
             self.problem = str(error) or repr(error)
 
-    def walk_by_tensor(self) -> Iterator[tuple[str, list[Piece]]]:
+    def walk_by_tensor(self) -> Iterator[tuple[str, list[ScorePiece]]]:
         """(name, this rank's pieces of it) for every tensor of `shapes`, also those of which this rank has nothing."""
         walk = self.walk()
         ahead = next(walk, None)

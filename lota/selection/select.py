@@ -18,7 +18,7 @@ from lota.selection.budget import count_global, count_per_tensor
 from lota.selection.pieces import PieceReader, Pieces
 from lota.selection.protection import Protection
 from lota.selection.ranks import Ranks
-from lota.selection.topk import NUM_HIGH_BINS, Cut, Piece, Walk, chosen_positions, count_high, find_cut
+from lota.selection.topk import NUM_HIGH_BINS, Cut, ScorePiece, Walk, chosen_positions, count_high, find_cut
 from lota.selection.workers import Workers
 from lota.ticket import BaseTensor, Mask
 from lota.ticket.rows import Rows, span, whole
@@ -184,14 +184,14 @@ class _Chooser:
         self.cuts.append(find_cut(high_counts, walk, k, self._ranks, self._seed, self._workers.each))
         return self.cuts[-1]
 
-    def _join(self, name: str, mine: list[Piece], cut: Cut) -> Tensor:
+    def _join(self, name: str, mine: list[ScorePiece], cut: Cut) -> Tensor:
         find = partial(chosen_positions, cut=cut, seed=self._seed)
         found = [part for piece in mine for part in self._workers.each(find, piece)]
         if not found:
             found = [torch.empty(0, dtype=torch.int64, device="cpu")]
         return self._ranks.join(torch.cat(found) if len(found) > 1 else found[0], self._reader.numel[name])
 
-    def _count_high(self, walk: Iterable[Piece], names: list[str]) -> Tensor:
+    def _count_high(self, walk: Iterable[ScorePiece], names: list[str]) -> Tensor:
         """First radix pass over this rank's pieces of `names`, summed over the ranks: int64 [NUM_HIGH_BINS], CPU.
 
         One collective carries the counts, what each tensor got, its NaN and whether a rank met misuse, so that every

@@ -31,7 +31,7 @@ MAX_GATHERED_TIES = 1 << 20  # the most tied hashes that may be gathered and sor
 
 
 @dataclass(frozen=True)
-class Piece:
+class ScorePiece:
     """A rank's contiguous run of one tensor's scores: flat, never empty, any float dtype."""
 
     name: str
@@ -52,7 +52,7 @@ class Piece:
                 keys.masked_fill_(~self.free[offset : offset + size], PROTECTED_KEY)
             yield offset, keys
 
-    def split(self, num_parts: int) -> list[Piece]:
+    def split(self, num_parts: int) -> list[ScorePiece]:
         """The piece in at most `num_parts` parts of equal length, the last one shorter."""
         numel = self.scores.numel()
         length = max(1, -(-numel // (32 * max(1, num_parts)))) * 32
@@ -72,11 +72,11 @@ class Piece:
         return sum(int((keys > INFINITY_KEY).sum()) for _, keys in replace(self, free=None).chunks())
 
 
-Walk = Callable[[], Iterable[Piece]]
-Each = Callable[[Callable[[Piece], Tensor], Piece], list[Tensor]]
+Walk = Callable[[], Iterable[ScorePiece]]
+Each = Callable[[Callable[[ScorePiece], Tensor], ScorePiece], list[Tensor]]
 
 
-def inline(function: Callable[[Piece], Tensor], piece: Piece) -> list[Tensor]:
+def inline(function: Callable[[ScorePiece], Tensor], piece: ScorePiece) -> list[Tensor]:
     """The piece as its only part."""
     return [function(piece)]
 
@@ -96,7 +96,7 @@ class Cut:
         return float(torch.tensor(self.key, dtype=torch.int32, device="cpu").view(torch.float32))
 
 
-def count_high(piece: Piece) -> tuple[Tensor, int]:
+def count_high(piece: ScorePiece) -> tuple[Tensor, int]:
     """(int64 counts of the free keys' upper bits, number of NaN in the whole piece), counts on the scores' device."""
     counts = torch.zeros(NUM_HIGH_BINS, dtype=torch.int64, device=piece.scores.device)
     for _, keys in piece.chunks():
@@ -129,7 +129,7 @@ def find_cut(high_counts: Tensor, walk: Walk, k: int, ranks: Ranks, seed: int, e
     return Cut(key, num_above, num_tied, num_taken, last_hash)
 
 
-def count_low(piece: Piece, bin_high: int) -> Tensor:
+def count_low(piece: ScorePiece, bin_high: int) -> Tensor:
     """int64 counts of the lower bits of the keys whose upper bits are `bin_high`, on the scores' device."""
     counts = torch.zeros(1 << LOW_BITS, dtype=torch.int64, device=piece.scores.device)
     for _, keys in piece.chunks():
@@ -137,7 +137,7 @@ def count_low(piece: Piece, bin_high: int) -> Tensor:
     return counts
 
 
-def chosen_positions(piece: Piece, cut: Cut, seed: int) -> Tensor:
+def chosen_positions(piece: ScorePiece, cut: Cut, seed: int) -> Tensor:
     """Ascending int64 flat positions inside the tensor of what `cut` takes from this piece, on the scores' device."""
     found = []
     for offset, keys in piece.chunks():

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from lota.selection.topk import Piece
+from lota.selection.topk import ScorePiece
 
 T = TypeVar("T")
 _MIN_PART = 1 << 17  # entries; handing out less costs more than it saves
@@ -43,7 +43,7 @@ class Workers:
             self._pool.shutdown()
             torch.set_num_threads(self.size)
 
-    def each(self, function: Callable[[Piece], T], piece: Piece) -> list[T]:
+    def each(self, function: Callable[[ScorePiece], T], piece: ScorePiece) -> list[T]:
         """`function` of every part of the piece, in the order of the parts."""
         if self._pool is None or piece.scores.device.type != "cpu":
             return [function(piece)]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lota.choices import TICKET_FORMS, check_choice
 from lota.files import sync_path
 from lota.ticket import difference
 from lota.ticket.container import StreamWriter
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
 
 DEFAULT_SHARD_BYTES = 4 << 30
 INDEX, VALUES, BASE_VALUES, DIFFERENCE = ".index", ".values", ".base_values", ".difference"
-FORMS = ("plain", "values", "packed")
-"""Values and base values; values, and the difference to the base's; the difference alone, which needs the base (or the
-tuned model) to be read."""
 DTYPE_NAMES = {getattr(torch, name): name for name in WHOLE_DTYPES}
 _FLOAT_DTYPES = tuple(getattr(torch, name) for name in DTYPES)
 
@@ -50,9 +48,8 @@ class TicketWriter:
             for name in mask.names:
                 writer.add(name, values, base_values)
 
-    form: one of FORMS; where a tensor is no smaller in another form, it is plain. path: the ticket's directory; it must
-    not exist, or be empty, or (with `overwrite`) be a ticket. model: see
-    `Manifest`.
+    form: one of `choices.TICKET_FORMS`; where a tensor is no smaller in another form, it is plain. path: the ticket's
+    directory; it must not exist, or be empty, or (with `overwrite`) be a ticket. model: see `Manifest`.
     shard_bytes: a new file is begun before one would grow larger; one tensor is never divided.
     Leaving the block normally closes: ValueError when a tensor was not added. Leaving it by an exception abandons, and
     nothing stays behind. After `close`, `num_bytes` is the size of all files and `num_changed` counts the entries whose
@@ -70,9 +67,7 @@ class TicketWriter:
         overwrite: bool = False,
         form: str = "plain",
     ) -> None:
-        if form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-        self._form = form
+        self._form = check_choice("form", form, TICKET_FORMS)
         self.path = Path(os.path.realpath(path))
         self._mask, self._provenance, self._model = mask, check_provenance(provenance), check_provenance(model)
         self._shard_bytes, self._overwrite = shard_bytes, overwrite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from lota.algebra import ModelTensors, masks
@@ -42,6 +43,8 @@ def calibrate(
         changes["save_strategy"] = "no"
     if chosen.learning_rate is not None:
         changes["learning_rate"] = chosen.learning_rate
+    # Where no weight moves, the model is its own reference as it is; a dense run needs a second one.
+    as_reference = None if chosen.score == "task_vector" else nullcontext
     # Scores of the gradient kind and of the weights leave the model alone: its loss would be the base's again.
     evaluation = data.evaluation if chosen.score == "task_vector" else None
     with (
@@ -58,7 +61,8 @@ def calibrate(
             max_skipped_steps=options.max_skipped_steps,
         ) as run,
     ):
-        phase = Phase("calibrate", options, config, Sets(data.train, evaluation), folder, **changes)
+        rows = Sets(data.train, evaluation)
+        phase = Phase("calibrate", options, config, rows, folder, as_reference=as_reference, **changes)
         facts = phase.run()
     with timed(seconds, "selection"):
         mask = run.mask(keep=chosen.keep_ranking)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def retained(
         if not from_rank_0(path.is_file):
             with checked_together():
                 sets = dataset.load(item, config.seed, options.is_preference)
-                _check_rows(options, config, item, sets)
+                check_rows(options, config, item, sets)
             check_same("rows to retain", dataset.identity(sets))
             made = _collect(options, config, sets.train, folder, (), seconds, {"data": item.describe()})
             _write(made, path)
@@ -103,10 +104,19 @@ def _collect(
         ) as run,
     ):
         phase = Phase(
-            "importance", replace(options, adapter=None), config, Sets(train, None), folder, tickets=tickets, **changes
+            "importance",
+            replace(options, adapter=None),
+            config,
+            Sets(train, None),
+            folder,
+            tickets=tickets,
+            samples_answers=options.keeping.fisher == "true",
+            as_reference=None if tickets else nullcontext,  # with its own ticket on it, the base is another model
+            **changes,
         )
         phase.run()
-        made = run.importance({**facts, "rows": changes["per_device_train_batch_size"]})
+        rows = changes["per_device_train_batch_size"]
+        made = run.importance({**facts, "rows": rows, "fisher": options.keeping.fisher})
     phase.close()
     if rank() == 0:
         shutil.rmtree(folder.checkpoints_of("importance"), ignore_errors=True)  # empty: the Trainer makes it
@@ -122,7 +132,8 @@ def _write(importance: Importance, path: Path) -> int:
     return from_rank_0(lambda: (path / "importance.safetensors" if path.is_dir() else path).stat().st_size)
 
 
-def _check_rows(options: RunOptions, config: Config, plan: DataPlan, sets: Sets) -> None:
+def check_rows(options: RunOptions, config: Config, plan: DataPlan, sets: Sets) -> None:
+    """ValueError for rows beside the run's own that could not be trained on. Every rank."""
     no_evaluation: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     checks.check(
         sets,

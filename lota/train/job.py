@@ -31,6 +31,8 @@ from lota.run.resolve import RunOptions, resolve
 from lota.ticket import Mask, Ticket
 from lota.train import lora, whole_model
 from lota.train.calibrate import calibrate, mask_facts
+from lota.train.dial import kept_rows, turn
+from lota.train.divergence import divergence_from_base
 from lota.train.importance import leave_importance, pull_line, retained
 from lota.train.phase import Phase, timed, training_dtype
 from lota.train.print_plan import print_plan
@@ -177,6 +179,7 @@ def train(job: Job) -> Trained:
     options = job.options
     mask, job.mask = job.mask, None
     retain = retained(job.options, job.config, job.folder, job.seconds)
+    kept = kept_rows(options, job.config)
     changes, notes = ds_config.for_sparse_training(job.config)
     for note in notes:
         print_once(note)
@@ -195,10 +198,18 @@ def train(job: Job) -> Trained:
         ) as run,
     ):
         del mask  # once the engine is built, only rank 0 keeps its indices
-        phase = Phase("train", options, job.config, job.sets, job.folder, **changes)
+        phase = Phase("train", options, job.config, job.sets, job.folder, kept=kept, as_reference=run.base, **changes)
         if run.retained is not None:
             run.retained.num_steps = lambda: phase.trainer.num_training_steps
         facts = phase.run()
+    if kept:
+        with timed(job.seconds, "dial"):
+            facts |= turn(options, phase, run, job.sets)
+    if not options.is_preference:
+        with timed(job.seconds, "divergence"):
+            facts["kl_to_base"] = divergence_from_base(phase, run)
+        if facts["kl_to_base"] is not None:
+            print_once(f"divergence from the base on the evaluation rows: {facts['kl_to_base']:.4g} nats per token")
     report = run.report()
     if "pull" in report:
         print_once(pull_line(report["pull"]))
@@ -230,10 +241,12 @@ def deliver_ticket(job: Job, trained: Trained) -> None:
                 "learning_rate": job.config.learning_rate,
                 **({"tickets": list(options.keeping.tickets)} if options.keeping.tickets else {}),
                 **({"pull": report["pull"]["asked"]} if "pull" in report else {}),
+                **({"alpha": facts["dial"]["alpha"]} if "dial" in facts else {}),
                 "versions": versions(),
             },
             dtype=torch.float32 if options.ticket_dtype == "float32" else None,
             overwrite=True,  # of a run that was stopped between its ticket and its summary
+            form=options.ticket_form,
             beside=[Ticket.load(path) for path in options.keeping.tickets] if job.is_disjoint else (),
         )
     folder.write_card(

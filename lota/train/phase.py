@@ -6,8 +6,8 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,10 @@ from lota.ticket import Ticket
 from lota.train import lora
 from lota.train.callbacks import Log, NoLastCheckpoint, Progress
 from lota.train.tracking import tracking_of
-from lota.train.trainer import trainer_class
+from lota.train.trainer import SelfReference, trainer_class
 from lota.zero.assign import assign
 
+_DROPOUT = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d, torch.nn.AlphaDropout)
 _DOING = {"calibrate": "calibration", "train": "training"}
 
 
@@ -53,10 +54,16 @@ class Phase:
         folder: RunFolder,
         *,
         tickets: Sequence[str | Path] = (),
+        kept: Mapping[str, Dataset] | None = None,
+        as_reference: Callable[[], AbstractContextManager[Any]] | None = None,
+        samples_answers: bool = False,
         **changes: Any,
     ) -> None:
-        """tickets: on the model beside those of the run. changes: values of TrainingArguments for this phase only.
-        Arguments are made afresh for each phase, because DeepSpeed's "auto" values are filled into them."""
+        """tickets: on the model beside those of the run. kept: more rows, by name, for `loss_on`. as_reference: of
+        preferences whose reference is the model itself, what makes it that for a forward pass. samples_answers:
+        of the model, in place of the rows' own. changes: values of
+        TrainingArguments for this phase only. Arguments are made afresh for each phase, because DeepSpeed's "auto"
+        values are filled into them."""
         train, evaluation = data
         self.name = name
         where = folder.checkpoints_of(name)
@@ -79,18 +86,30 @@ class Phase:
         # Loading rewinds: nothing of an earlier phase is reused. from_pretrained shards at once, because the
         # arguments above registered the ZeRO-3 configuration.
         model = load_model(options, config, tickets)
+        if name == "importance":
+            without_dropout(model)
         # Where embeddings are frozen, reentrant checkpointing cuts the graph unless their output asks for a gradient.
         if self.config.gradient_checkpointing:
             model.enable_input_require_grads()
-        self.trainer = trainer_class(config)(
+        refers_to_itself = options.reference == "ticket" and as_reference is not None
+        has_second = options.reference is not None and not refers_to_itself and options.reference != "precompute"
+        if refers_to_itself:
+            self.config.precompute_ref_log_probs = True
+        self.trainer = trainer_class(config, refers_to_itself, samples_answers)(
             model=model,
-            **({"ref_model": load_model(options, config)} if needs_reference(options, config) else {}),
+            **({"ref_model": load_model(options, config)} if has_second else {}),
             args=self.config,
             train_dataset=train,
-            eval_dataset=evaluation,
+            eval_dataset=evaluation if not kept else dict(kept) | ({"eval": evaluation} if evaluation else {}),
             processing_class=load_tokenizer(options.model, options.revision, options.trust_remote_code),
             peft_config=None if options.adapter is None else lora.peft_config(options.adapter),
         )
+        if refers_to_itself and as_reference is not None:
+            self.trainer.ref_model = SelfReference(self.trainer, as_reference)
+        self._kept: dict[str, Dataset] = {}
+        if kept:
+            self._kept = dict(self.trainer.eval_dataset)
+            self.trainer.eval_dataset = self._kept.pop("eval", None)
         check_positions(model.config, self.prepared, self.config)
         self.trainer.saved_step = None if self._checkpoint is None else step_of(self._checkpoint)
         self.trainer.has_checkpoints = name != "importance"
@@ -113,6 +132,17 @@ class Phase:
     def prepared(self) -> Dataset:
         """The training set as TRL tokenized it, which the next phase can take as it is."""
         return self.trainer.train_dataset
+
+    def loss_on(self, name: str | None) -> float:
+        """The model's loss now on the evaluation rows (None), or on kept rows. Collective."""
+        evaluation = self.trainer.eval_dataset
+        prefix = "dial" if name is None else f"dial_{name}"
+        # By a name: TRL would tokenize, and pack, rows once more that are handed over as they are.
+        self.trainer.eval_dataset = {"rows": evaluation if name is None else self._kept[name]}
+        try:
+            return float(self.trainer.evaluate("rows", metric_key_prefix=prefix)[f"{prefix}_loss"])
+        finally:
+            self.trainer.eval_dataset = evaluation
 
     @property
     def num_micro_steps(self) -> int:
@@ -176,7 +206,7 @@ class Phase:
         """Destroy the engine and drop model and optimizer, so that the next phase has the memory."""
         for model in (self.trainer, getattr(self.trainer, "ref_model", None)):
             engine = getattr(model, "deepspeed", None) if model is self.trainer else model
-            if engine is not None:
+            if engine is not None and not isinstance(engine, SelfReference):
                 engine.destroy()
         self.trainer.accelerator.free_memory()
         del self.trainer
@@ -214,6 +244,16 @@ def _name_as_trl_expects(model: Any) -> None:
         config.num_experts = experts
 
 
+def without_dropout(model: torch.nn.Module) -> None:
+    """No dropout, in train mode too, where gradient checkpointing works: gradients are then the same on any ranks."""
+    for module in model.modules():
+        if isinstance(module, _DROPOUT):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(module, name, 0.0)
+
+
 def check_positions(model_config: Any, rows: Dataset, config: Any) -> None:
     """ValueError where a row has more tokens than the model has positions: what it learns there means nothing, and some
     models read past a table."""
@@ -236,12 +276,6 @@ def check_positions(model_config: Any, rows: Dataset, config: Any) -> None:
             f"a row has {longest} tokens, and the model has {positions} positions: set max_length: {positions}, or "
             "remove such rows"
         )
-
-
-def needs_reference(options: RunOptions, config: Config) -> bool:
-    """Whether DPO loads the base once more. An adapter is switched off instead, and with precompute_ref_log_probs TRL
-    asks the model before it is trained."""
-    return options.is_preference and options.adapter is None and not getattr(config, "precompute_ref_log_probs", False)
 
 
 def losses_line(facts: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from lota.run.options import Config
 from lota.run.resolve import RunOptions
 from lota.selection import candidates, eligible, left_out, left_out_lines
 from lota.ticket import Mask
-from lota.train.phase import needs_reference, training_dtype
+from lota.train.phase import training_dtype
 from lota.zero.compact.groups import check_shard_group_size, local_size
 
 
@@ -32,11 +32,14 @@ def print_plan(options: RunOptions, config: Config) -> None:
         print_once(line)
 
 
-def plans_of(options: RunOptions, config: Config, layout: plan.Layout) -> list[plan.MethodPlan]:
+def plans_of(options: RunOptions, config: Config, layout: plan.RankLayout) -> list[plan.MethodPlan]:
     """The phases of this run, in order."""
     model = _model(options, config)
     plans = _phases(options, model, layout)
-    return [_with_reference(one, model, layout) for one in plans] if needs_reference(options, config) else plans
+    is_dense = options.calibration is not None and options.calibration.score == "task_vector"
+    has_second = [options.reference == "model" or (options.reference == "ticket" and is_dense and one is plans[0])
+                  for one in plans]  # fmt: skip
+    return [_with_reference(one, model, layout) if has else one for one, has in zip(plans, has_second)]
 
 
 def lines_of_left_out(options: RunOptions, config: Config) -> list[str]:
@@ -56,7 +59,7 @@ def _model(options: RunOptions, config: Config) -> plan.ModelShapes:
     )
 
 
-def _phases(options: RunOptions, model: plan.ModelShapes, layout: plan.Layout) -> list[plan.MethodPlan]:
+def _phases(options: RunOptions, model: plan.ModelShapes, layout: plan.RankLayout) -> list[plan.MethodPlan]:
     if options.method == "full":
         return [plan.full(model, layout)]
     if options.adapter is not None:
@@ -90,7 +93,7 @@ def _lora_targets(targets: Sequence[str], model: plan.ModelShapes) -> tuple[str,
     return tuple(name for name in matrices if found.fullmatch(name.removesuffix(".weight")))
 
 
-def _with_reference(phase: plan.MethodPlan, model: plan.ModelShapes, layout: plan.Layout) -> plan.MethodPlan:
+def _with_reference(phase: plan.MethodPlan, model: plan.ModelShapes, layout: plan.RankLayout) -> plan.MethodPlan:
     """Beside it, the base once more, sharded over all ranks and gathered for one forward pass a micro step."""
     forwards = model.item_bytes * model.numel() * layout.gradient_accumulation_steps
     return replace(
@@ -100,13 +103,13 @@ def _with_reference(phase: plan.MethodPlan, model: plan.ModelShapes, layout: pla
     )
 
 
-def layout_of(options: RunOptions, config: Config) -> plan.Layout:
+def layout_of(options: RunOptions, config: Config) -> plan.RankLayout:
     """Ranks from the launcher's environment, bucket and limits from the DeepSpeed configuration if it has them."""
     content = ds_config.content(config)
     zero = content.get("zero_optimization", {})
     limits = [zero.get(f"stage3_{name}") for name in ("max_live_parameters", "max_reuse_distance")]
     shard_size = check_shard_group_size(options.shard_group_size, world_size())
-    return plan.Layout(
+    return plan.RankLayout(
         ranks=world_size(),
         node_size=local_size() or world_size(),
         shard_group_size=None if shard_size == world_size() else shard_size,

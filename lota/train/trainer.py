@@ -8,14 +8,18 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from transformers import set_seed
 from transformers.trainer_utils import rotate_checkpoints
 from trl import DPOTrainer, SFTTrainer
 
+from lota.data.trained_tokens import IGNORED
 from lota.files import naming_disk_full, sync
 from lota.ranks.agree import together
 from lota.ranks.stop import leave, signal_received
@@ -158,14 +162,74 @@ class StopsWhenAsked:
             leave(number, f"after step {step} of {self.state.max_steps}: {self.args.output_dir}/checkpoint-{step}")
 
 
-def trainer_class(config: Config) -> type[Any]:
-    """TRL's trainer for the kind of training that `config` describes, with checkpoints that appear whole."""
-    return _PreferenceTrainer if isinstance(config, PreferenceConfig) else _SupervisedTrainer
+def trainer_class(config: Config, refers_to_itself: bool = False, samples_answers: bool = False) -> type[Any]:
+    """TRL's trainer for the kind of training that `config` describes, with checkpoints that appear whole.
+
+    refers_to_itself: for preferences whose reference is the model itself; see `SelfReference`. samples_answers: see
+    `_SamplingTrainer`.
+    """
+    if isinstance(config, PreferenceConfig):
+        return _SelfReferenceTrainer if refers_to_itself else _PreferenceTrainer
+    return _SamplingTrainer if samples_answers else _SupervisedTrainer
 
 
 class _SupervisedTrainer(StopsWhenAsked, WholeCheckpoints, SFTTrainer):
     pass
 
 
+class _SamplingTrainer(_SupervisedTrainer):
+    """In place of every token of an answer, one that the model would give there: gradients of the true Fisher.
+
+    Drawn by the run's seed and the number of the micro-batch, counted over all ranks, so that the ranks do not matter.
+    """
+
+    _num_drawn = 0
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        labels = inputs["labels"].clone()
+        number = self._num_drawn * self.args.world_size + self.args.process_index
+        self._num_drawn += 1
+        generator = torch.Generator().manual_seed(new_seed(self.args.seed, number, 0))
+        kept = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+        with torch.no_grad():
+            logits = model(**kept).logits
+        is_answer = labels[:, 1:] != IGNORED
+        # float64 on the host: a draw must not depend on the device
+        odds = torch.softmax(logits[:, :-1][is_answer].double().cpu(), -1)
+        drawn = torch.multinomial(odds, 1, generator=generator).squeeze(1)
+        labels[:, 1:][is_answer] = drawn.to(labels.device, labels.dtype)
+        return super().compute_loss(model, {**inputs, "labels": labels}, *args, **kwargs)
+
+
 class _PreferenceTrainer(StopsWhenAsked, WholeCheckpoints, DPOTrainer):
     pass
+
+
+class _SelfReferenceTrainer(_PreferenceTrainer):
+    """Made with `precompute_ref_log_probs`, so that TRL makes no second model, and then nothing is precomputed: whoever
+    makes it sets `ref_model` to a `SelfReference`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.precompute_ref_logps = False
+
+    def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset
+
+
+class SelfReference:
+    """The trained model as its own reference: `as_reference` puts the base's values into it for a forward pass."""
+
+    def __init__(self, trainer: Any, as_reference: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._trainer, self._as_reference = trainer, as_reference
+
+    def __call__(self, **inputs: Any) -> Any:
+        """What TRL asks its `ref_model` for, inside `torch.no_grad()`. Collective."""
+        engine = self._trainer.deepspeed
+        was_training = engine.module.training  # the engine's own flag is not the one that evaluation sets
+        with self._as_reference():
+            engine.module.eval()
+            try:
+                return engine(**inputs)
+            finally:
+                engine.module.train(was_training)

@@ -14,6 +14,7 @@ from lota.ticket.fingerprint import add
 from lota.zero.compact.layout import owned_range
 from lota.zero.deepspeed import weights
 from lota.zero.fingerprints import fingerprints
+from lota.zero.new_tensors import mark_as_bases
 
 _PACKED = "a packed ticket is read beside its whole base: unpack it first (lota unpack)"
 
@@ -45,6 +46,7 @@ def assign(model: torch.nn.Module, tickets: Sequence[Ticket], device: torch.devi
             assert change is not None
             fingerprint = add(int(now[name].fingerprint, 16), change)
             now[name] = BaseTensor(now[name].dtype, f"{fingerprint:016x}")
+    mark_as_bases(model, {name for ticket in tickets for name in ticket.mask.base})
 
 
 def _own(ticket: Ticket, name: str, start: int, stop: int) -> tuple[int, int, Tensor]:

@@ -16,7 +16,7 @@ from lota.ticket.rows import whole as all_rows
 from lota.zero.block import BUCKET_NUMEL, BlockRun
 from lota.zero.compact.gradient_scores import GradientScores
 from lota.zero.compact.groups import connect, make_groups
-from lota.zero.compact.scores import Piece, TaskVectorScores, WeightScores, piece_of
+from lota.zero.compact.scores import TaskVectorScores, WeightPiece, WeightScores, piece_of
 from lota.zero.deepspeed import weights
 from lota.zero.deepspeed.dense_state import DenseState
 from lota.zero.deepspeed.optimizer import CompactOptimizer
@@ -97,7 +97,7 @@ class CalibrationRun(BlockRun):
     def weight_group(self) -> Any:
         return None
 
-    def _pieces(self, model: torch.nn.Module, names: Collection[str]) -> list[Piece]:
+    def _pieces(self, model: torch.nn.Module, names: Collection[str]) -> list[WeightPiece]:
         reduction = self.groups.reduction
         return [
             piece_of(part.name, part.numel, part.data, reduction.shard_rank, reduction.shard_size)

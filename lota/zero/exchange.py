@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lota.kernels import exchange_
+from lota.kernels import exchange_, scatter_
 from lota.ticket import Ticket
 from lota.zero.compact.layout import owned_range
+from lota.zero.compact.state import CompactState
 from lota.zero.compact.training import SparseTraining
 from lota.zero.deepspeed import weights
 
@@ -33,6 +34,39 @@ def base_in_place(training: SparseTraining, optimizer: Any) -> Iterator[None]:
         with optimizer.lota_rewriting():
             for state, values in zip(training.states, held, strict=True):
                 exchange_(state.weights, state.local_index, values)
+
+
+@contextmanager
+def fraction_in_place(training: SparseTraining, optimizer: Any, alpha: float) -> Iterator[None]:
+    """Active entries hold `old + alpha * (master - old)`, rounded to the weights' dtype, in the block, and the trained
+    bits after it. Collective as `base_in_place`."""
+    held = [state.values(0, state.layout.local_active) for state in training.states]
+    with optimizer.lota_rewriting():
+        for state in training.states:
+            scatter_(state.weights, state.local_index, between(state, alpha))
+    try:
+        yield
+    finally:
+        with optimizer.lota_rewriting():
+            for state, values in zip(training.states, held, strict=True):
+                scatter_(state.weights, state.local_index, values)
+
+
+def settle(training: SparseTraining, optimizer: Any, alpha: float) -> None:
+    """Make the masters `old + alpha * (master - old)`, and the weights what they round to. Collective likewise."""
+    with optimizer.lota_rewriting():
+        for state in training.states:
+            state.master.copy_(between(state, alpha))
+            scatter_(state.weights, state.local_index, state.master)
+
+
+def between(state: CompactState, alpha: float) -> Tensor:
+    """fp32, as long as the masters. alpha 1 gives their bits, and 0 the old values'."""
+    if alpha == 1:
+        return state.master.clone()
+    old = torch.zeros_like(state.master)
+    old[: state.layout.local_active].copy_(state.base_values)
+    return old.add_(state.master - old, alpha=alpha)
 
 
 @contextmanager

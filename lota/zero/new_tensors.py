@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,17 @@ def new_tensors(model: torch.nn.Module) -> dict[str, int]:
     box: list[Any] = [found]
     dist.broadcast_object_list(box, src=0)
     return dict(box[0])
+
+
+def mark_as_bases(model: torch.nn.Module, names: Collection[str]) -> None:
+    """Note of these parameters that they were proved to be the base's, by their fingerprints: `new_tensors` believes it
+    whatever is assigned to them afterwards."""
+    for name, param in model.named_parameters():
+        if name in names:
+            setattr(param, _MARK, True)
+
+
+_MARK = "lota_is_the_bases"
 
 
 def refuse_new(new: Mapping[str, int], model: torch.nn.Module, trains_whole: Callable[[str, Rows], bool]) -> None:
@@ -133,6 +144,9 @@ def _look_at(model: torch.nn.Module, prefix: str) -> dict[str, int] | None:
         if not there:
             if not any(re.search(pattern, alias) for pattern in ignored for alias in aliases[id(param)]):
                 new[prefix + name] = 0
+            continue
+        if getattr(param, _MARK, False):
+            is_evident = True
             continue
         key = filled[there[0]]
         if key is None:

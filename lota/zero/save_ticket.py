@@ -51,13 +51,14 @@ def deliver(
     model: Mapping[str, Any] | None,
     dtype: torch.dtype | None,
     overwrite: bool,
+    form: str,
     device: torch.device,
 ) -> dict[str, Any]:
     """Write the ticket from rank 0 and return its counts on every rank. Collective over the world.
 
     outline: of what was trained, with the base's identity. mask: on rank 0, which alone needs its indices, what the
     ticket holds; else None. stored: values and base values of tensors of the mask that were not trained (buffers).
-    model: see `Manifest`.
+    model: see `Manifest`. form: see `TicketWriter`.
     Only one tensor's values are gathered at a time. An error of the writer does not stop the gathering, which the other
     ranks take part in; it is raised on every rank at the end: a rank that did not receive it would hang.
     """
@@ -66,7 +67,7 @@ def deliver(
     if mask is not None:
         try:
             with naming_disk_full(Path(path)):
-                writer = TicketWriter(path, mask, provenance or {}, model=model, overwrite=overwrite)
+                writer = TicketWriter(path, mask, provenance or {}, model=model, overwrite=overwrite, form=form)
         except Exception as caught:  # noqa: BLE001 (raised on every rank)
             error = caught
     raise_together(error)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from lota import plan
+from lota import choices, plan
 from lota.choices import MAX_SKIPPED_STEPS, check_rounding_seed
 from lota.kernels import backend_name
 from lota.messages import did_you_mean
@@ -35,7 +35,7 @@ from lota.zero.compact.update import choose_update
 from lota.zero.deepspeed import weights
 from lota.zero.deepspeed.optimizer import SparseOptimizer
 from lota.zero.deepspeed.settings import communication_dtype, gather_limits
-from lota.zero.exchange import base_in_place, ticket_in_place
+from lota.zero.exchange import base_in_place, fraction_in_place, settle, ticket_in_place
 from lota.zero.fingerprints import differing, dtype_name, frozen_identity, replicas_agree, without_tickets
 from lota.zero.freeze import Freeze
 from lota.zero.new_tensors import class_name, model_facts, new_tensors, refuse_new
@@ -243,9 +243,9 @@ class SparseRun(BlockRun):
         if dist.get_rank() == 0:
             _LOG.info("gradient_reduction %s", self._reduction_reason)
 
-    def _plan_layout(self, optimizer: Any, engine: Any) -> plan.Layout:
+    def _plan_layout(self, optimizer: Any, engine: Any) -> plan.RankLayout:
         reduction, limits = self.groups.reduction, gather_limits(engine)
-        return plan.Layout(
+        return plan.RankLayout(
             ranks=reduction.world_size,
             shard_group_size=reduction.shard_size,
             gradient_accumulation_steps=engine.gradient_accumulation_steps(),
@@ -306,6 +306,24 @@ class SparseRun(BlockRun):
             yield self.engine.module
 
     @contextmanager
+    def at(self, alpha: float) -> Iterator[Any]:
+        """A point between the values at the start and the trained ones, for the length of a `with`: alpha 0 is the
+        start, 1 the trained model. Collective; no step may be taken inside."""
+        choices.check_alpha(alpha)
+        training = self._training
+        with self._exchanged(), fraction_in_place(training, self.engine.optimizer, alpha):
+            yield self.engine.module
+
+    def settle(self, alpha: float) -> None:
+        """Make a point between the values at the start and the trained ones the outcome of the run: the ticket that is
+        saved holds it. Collective."""
+        choices.check_alpha(alpha)
+        if self.is_exchanged:
+            raise ValueError("settle inside run.base(), run.applied() or run.at(): leave it first")
+        if alpha != 1:
+            settle(self._training, self.engine.optimizer, alpha)
+
+    @contextmanager
     def applied(self, ticket: Ticket) -> Iterator[Any]:
         """The base with another ticket of it, likewise. The ticket's fingerprints are held against the base's."""
         training, reduction = self._training, self.groups.reduction
@@ -350,6 +368,7 @@ class SparseRun(BlockRun):
         dtype: torch.dtype | None = None,
         overwrite: bool = False,
         beside: Sequence[Ticket] = (),
+        form: str = "plain",
     ) -> dict[str, Any]:
         """Verify that no frozen bit of the model moved, then write the ticket. Collective; rank 0 writes.
 
@@ -358,6 +377,7 @@ class SparseRun(BlockRun):
 
         beside: tickets that were on the base when the run began and share no entry with its mask: the ticket is then
         of the base without them, so that each can be applied and taken out without the others.
+        form: `packed` stores differences to the base's values, in about half of the bytes (see `TicketWriter`).
         dtype: None stores the weights' own bits, torch.float32 the masters. Returns counts and bytes on every rank.
         Raises RuntimeError where a frozen entry changed (a fault, or a script that wrote into the weights), and
         ValueError or OSError where the ticket cannot be written; then nothing is left at `path`.
@@ -395,6 +415,7 @@ class SparseRun(BlockRun):
             model=model_facts(self.engine.module) if self._new else None,
             dtype=dtype,
             overwrite=overwrite,
+            form=form,
             device=self.device,
         )
 

@@ -1,11 +1,11 @@
 #!/bin/bash
-# Calibrate, train, evaluate: three jobs, each begun when the one before has succeeded, in one folder. From the repository:
+# Calibrate, train, evaluate: three jobs in one folder, each started after the one before has succeeded. From the repository:
 #
 #   recipes/slurm/chain.sh CONFIG OUTPUT_DIR [options of sbatch for the first two jobs]
 #   JOB=recipes/slurm/multi_node.sbatch TRAIN_OPTIONS="--shard_group_size node" recipes/slurm/chain.sh CONFIG OUTPUT_DIR
 #
-# CONFIG names model, data and an eval_file or eval_split. The same command again goes on with a chain that failed: what
-# is complete is not repeated.
+# CONFIG names model, data and an eval_file or eval_split. The same command again resumes a chain that failed: complete
+# jobs are not repeated.
 #   JOB             the template of the first two jobs (recipes/slurm/one_node.sbatch)
 #   TRAIN_OPTIONS   more options of train_lota.py, EVALUATE_OPTIONS of evaluate.py
 #   EVALUATE_SBATCH options of sbatch for the evaluation (--gpus-per-node=1)

@@ -1,5 +1,5 @@
 # What every job does, sourced by the .sbatch files: one task a GPU runs the recipe in "$@"; a run that was stopped in
-# time is queued again and goes on.
+# time is queued again and resumes.
 #
 # From the environment, all optional:
 #   PYTHON         the interpreter, or what leads to it: PYTHON="apptainer exec --nv lota.sif python"
@@ -11,8 +11,8 @@ if [ $# -eq 0 ]; then
   echo "nothing to run: sbatch recipes/slurm/one_node.sbatch recipes/train_lota.py --config FILE --output_dir DIR" >&2
   exit 2
 fi
-# On an empty output_dir this begins, so a job can always be given it. A checkpoint that was named is gone on from once.
-# evaluate.py goes on without being told.
+# On an empty output_dir the option starts a new run, so a job can always have it. A run resumes from a named checkpoint
+# once. evaluate.py continues by itself.
 case $1 in
   *evaluate.py) ;;
   *)
@@ -31,8 +31,8 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
-# When SLURM ends or requeues a job it signals the ranks and this shell alike. A shell that died of it would take srun
-# and the ranks with it before they have saved.
+# When SLURM ends or requeues a job it signals the ranks and this shell. A shell that died of it would end srun and the
+# ranks before they have saved.
 ended=
 trap 'ended=yes' TERM
 
@@ -45,7 +45,7 @@ srun --kill-on-bad-exit=1 ${SRUN_OPTIONS:-} bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
   exec "$@"' rank ${PYTHON:-python} "$@" || status=$?
 
-# 75: stopped by a signal, with a checkpoint. Anything else but 0 is a fault, which another start would meet again.
+# 75: stopped by a signal, with a checkpoint. Any other status but 0 is a fault, which another start would meet again.
 if [ "$status" -ne 75 ] || [ -n "$ended" ]; then
   exit "$status"
 fi
@@ -53,5 +53,5 @@ if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_REQUEUES:-100}" ]; then
   echo "[job] not queued again after ${SLURM_RESTART_COUNT:-0} times (MAX_REQUEUES)" >&2
   exit "$status"
 fi
-echo "[job] queued again, to go on"
+echo "[job] queued again, to resume"
 scontrol requeue "$SLURM_JOB_ID"

@@ -23,6 +23,7 @@ from tests.kernels.ahead_of_time import TARGETS, Machine, compile_for
 DTYPES = ("*i16", "*fp16", "*fp32")  # bf16 travels as its bits
 OFFSETS = ("*i16", "*i32")
 INDEX = {"base_ptr": "*i64", "num_active": "i64", "start": "i64", "stop": "i64", "origin": "i64", "numel": "i64"}
+PULL = {"importance_ptr": "*i16", "rate_ptr": "*fp32"}
 FLOATS = dict.fromkeys(("one_minus_beta1", "beta2", "one_minus_beta2", "alpha", "one_minus_alpha", "eps"), "fp32")
 STATE = dict.fromkeys(("master_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "square_avg_ptr", "scalars_ptr"), "*fp32")
 
@@ -32,6 +33,11 @@ BUDGET = {
     "adamw_kernel IS_STOCHASTIC": {"sm_80": 134, "sm_90": 137, "sm_100": 138, "gfx942": 53},
     "rmsprop_kernel": {"sm_80": 101, "sm_90": 103, "sm_100": 102, "gfx942": 56},
     "rmsprop_kernel IS_STOCHASTIC": {"sm_80": 118, "sm_90": 118, "sm_100": 119, "gfx942": 44},
+    "adamw_kernel IS_PULLED": {"sm_80": 140, "sm_90": 132, "sm_100": 130, "gfx942": 64},
+    "adamw_kernel IS_STOCHASTIC IS_PULLED": {"sm_80": 161, "sm_90": 138, "sm_100": 139, "gfx942": 64},
+    "rmsprop_kernel IS_PULLED": {"sm_80": 124, "sm_90": 121, "sm_100": 118, "gfx942": 59},
+    "rmsprop_kernel IS_STOCHASTIC IS_PULLED": {"sm_80": 134, "sm_90": 136, "sm_100": 132, "gfx942": 53},
+    "pull_kernel": {"sm_80": 62, "sm_90": 62, "sm_100": 62, "gfx942": 45},
     "gather_kernel": {"sm_80": 44, "sm_90": 60, "sm_100": 61, "gfx942": 27},
     "gather_kernel IS_SQUARED": {"sm_80": 46, "sm_90": 53, "sm_100": 53, "gfx942": 37},
     "scatter_kernel": {"sm_80": 44, "sm_90": 53, "sm_100": 44, "gfx942": 49},
@@ -58,13 +64,22 @@ def _step_variants(name: str, moments: int):
                 for is_stochastic in (False, True) if weights == "*i16" else (False,):
                     constants = {"IS_COMPACT": is_compact, "IS_STOCHASTIC": is_stochastic}
                     constants |= {"BLOCK": triton_ops.TILE} if name == "adamw_kernel" else {}
-                    yield name, types, constants, loaded, state
+                    unused = dict.fromkeys(("old_ptr", "importance_ptr", "rate_ptr"), "*i64")
+                    yield name, {**types, **unused}, {**constants, "IS_PULLED": False}, loaded, state
+                    if offset == "*i16":  # compiling is slow, and wide offsets change nothing about a pull
+                        pulled = {**types, **PULL, "old_ptr": weights}
+                        beside = [_num_bytes(weights), 2]
+                        yield name, pulled, {**constants, "IS_PULLED": True}, [*loaded, *beside], state
 
 
 def _variants():
     """(kernel, types, constants, bytes an entry of every compact buffer that is loaded, the same of those stored)."""
     yield from _step_variants("adamw_kernel", 2)
     yield from _step_variants("rmsprop_kernel", 1)
+    for old in DTYPES:
+        for importance in ("*i16", "*fp32"):
+            types = {**STATE, "old_ptr": old, "importance_ptr": importance, "rate_ptr": "*fp32", "skip_ptr": "*fp32"}
+            yield "pull_kernel", types, {"IS_SKIPPABLE": True}, [4, _num_bytes(old), _num_bytes(importance)], [4]
     for offset in OFFSETS:
         index = _num_bytes(offset)
         for dtype in DTYPES:
@@ -105,7 +120,7 @@ def _check(module, variant, target: str) -> Machine:
     entries = triton_ops.TILE // (4 * TARGETS[target].warp_size)  # of a thread
     label = f"{name} {types} {constants} on {target}: {machine}"
     assert machine.spills == 0, label
-    option = "".join(f" {key}" for key in ("IS_SQUARED", "IS_STOCHASTIC") if constants.get(key))
+    option = "".join(f" {key}" for key in ("IS_SQUARED", "IS_STOCHASTIC", "IS_PULLED") if constants.get(key))
     assert machine.registers <= BUDGET[name + option][target], label
     assert machine.wide_loads >= sum(size * entries // 16 for size in loaded), label
     assert machine.wide_stores >= sum(size * entries // 16 for size in stored), label

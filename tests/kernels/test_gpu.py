@@ -13,7 +13,18 @@ import torch
 from torch.nn import functional as F
 
 import lota
-from lota.kernels import TILE, TileIndex, adamw_, adamw_scalars, gather, padded_zeros, rounding_key, using
+from lota.kernels import (
+    TILE,
+    Pull,
+    TileIndex,
+    adamw_,
+    adamw_scalars,
+    gather,
+    padded_zeros,
+    pull_rate,
+    rounding_key,
+    using,
+)
 from lota.optim import MaskedAdamW
 from tests.no_sync import NoSync
 from tests.zero import cases
@@ -26,8 +37,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_step_can_be_captured_in_a_graph():
-    """Three replays equal three calls, bit for bit: the step count, all scalars and the key of the stochastic rounding
-    live on the device."""
+    """Three replays equal three calls, bit for bit: the step count, all scalars, the key of the stochastic rounding
+    and what the pull needs live on the device."""
     count, numel = 3 * TILE + 5, 20_000
     generator = torch.Generator("cuda").manual_seed(0)
     positions = torch.randperm(numel, generator=generator, device="cuda")[:count].sort().values
@@ -35,6 +46,9 @@ def test_a_step_can_be_captured_in_a_graph():
     start = torch.randn(numel, generator=generator, device="cuda").bfloat16()
     gradient = padded_zeros(index)
     gradient[:count] = torch.randn(count, generator=generator, device="cuda")
+    old, importance = (padded_zeros(index, torch.bfloat16) for _ in range(2))
+    gather(start, index, out=old[:count])
+    importance[:count] = torch.rand(count, generator=generator, device="cuda")
     one, never = torch.ones((), device="cuda"), torch.zeros((), device="cuda")
 
     def make():
@@ -46,6 +60,7 @@ def test_a_step_can_be_captured_in_a_graph():
         number.add_(1)
         scalars = adamw_scalars(one, never, number, lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99)
         options = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "rounding": rounding_key(3, number)}
+        options["pull"] = Pull(old, importance, pull_rate(weights.device, lr=1e-3, mu=500.0))
         adamw_(weights, gradient, index, master, exp_avg, exp_avg_sq, scalars, **options)
 
     with using("triton", "cuda"):
@@ -82,7 +97,7 @@ def test_a_step_never_asks_the_device():
             torch.cuda.set_sync_debug_mode("default")
 
 
-CHECKED = "(gather_scatter or adamw or rmsprop) and (1025 or 1023)"
+CHECKED = "(gather_scatter or adamw or rmsprop or pull) and (1025 or 1023)"
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")

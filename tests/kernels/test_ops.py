@@ -10,12 +10,18 @@ import torch
 
 from lota.kernels import (
     TILE,
+    Pull,
     TileIndex,
+    adamw_,
     exchange_,
     gather,
     gather_add_,
     mask_op,
+    padded_zeros,
     popcount,
+    pull_,
+    pull_rate,
+    rmsprop_,
     scatter_,
     scatter_add_,
     squared_norm,
@@ -369,3 +375,40 @@ def test_wrong_inputs_are_refused():
             gather_add_(torch.zeros(10), dense, index, squares=squares)
     with pytest.raises(ValueError, match="op must be one of"):
         mask_op(torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), "nand")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"old": torch.zeros(TILE - 1)}, r"pull\.old needs 1024 entries, got 1023"),
+        ({"old": torch.zeros(TILE).double()}, r"pull\.old must be a flat contiguous bf16, fp16 or fp32"),
+        ({"old": torch.zeros(2 * TILE)[::2]}, r"pull\.old must be a flat contiguous"),
+        ({"old": torch.zeros(TILE, device="meta")}, r"pull\.old must be .* on cpu, got .* on meta"),
+        ({"importance": torch.zeros(TILE - 1)}, r"pull\.importance needs 1024 entries, got 1023"),
+        ({"importance": torch.zeros(TILE).half()}, r"pull\.importance must be bf16 or fp32, got torch\.float16"),
+        ({"rate": torch.zeros(2)}, r"pull\.rate must be one fp32 value on cpu, got torch\.float32 of shape \(2,\)"),
+        ({"rate": torch.zeros(1).double()}, r"pull\.rate must be one fp32 value on cpu, got torch\.float64"),
+    ],
+)
+def test_a_wrong_pull_is_refused(changed, message):
+    index = TileIndex.from_flat(torch.arange(0, 20, 2), 20)
+    state = [padded_zeros(index) for _ in range(4)]
+    pull = Pull(torch.zeros(TILE), torch.zeros(TILE), torch.zeros(()))._replace(**changed)
+    with pytest.raises(ValueError, match=message):
+        adamw_(torch.zeros(20), state[0], index, *state[1:], torch.zeros(5), beta1=0.9, beta2=0.9, eps=1e-8, pull=pull)
+    with pytest.raises(ValueError, match=message):
+        rmsprop_(torch.zeros(20), state[0], index, *state[1:3], torch.zeros(4), alpha=0.9, eps=1e-8, pull=pull)
+    with pytest.raises(ValueError, match=message):
+        pull_(state[0], pull)
+
+
+def test_a_wrong_call_of_the_pull_alone_is_refused():
+    pull = Pull(torch.zeros(5), torch.zeros(5), torch.zeros(()))
+    with pytest.raises(ValueError, match=r"pull\.old needs 4 entries, got 5"):
+        pull_(torch.zeros(4), pull)
+    with pytest.raises(ValueError, match=r"master must be fp32, got torch\.bfloat16"):
+        pull_(torch.zeros(5).bfloat16(), pull)
+    with pytest.raises(ValueError, match=r"skip must be one value on cpu, got shape \(2,\)"):
+        pull_(torch.zeros(5), pull, torch.zeros(2))
+    with pytest.raises(ValueError, match=r"mu must be in \[0, inf\), got -1"):
+        pull_rate(torch.device("cpu"), lr=1e-3, mu=-1.0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lota.kernels import TILE, TileIndex, adamw_, padded_zeros, rmsprop_, rounding_key
+from lota.kernels import TILE, Pull, TileIndex, adamw_, padded_zeros, rmsprop_, rounding_key
 
 WORD = (1 << 64) - 1
 UPDATES = ["adamw", "rmsprop"]
@@ -39,10 +39,10 @@ def _key(device: torch.device, seed: int = 3, step: int = 1) -> torch.Tensor:
     return rounding_key(seed, torch.tensor(float(step), dtype=torch.float64, device=device))
 
 
-def _update(kind, weights, index, master, gradient, rounding, origin=0, lr=1e-2, skip=0.0):
+def _update(kind, weights, index, master, gradient, rounding, origin=0, lr=1e-2, skip=0.0, pull=None):
     """One step from new moments with a compact gradient; returns the master."""
     state = [padded_zeros(index) for _ in range(3)]
-    state[0][: index.num_active], options = master, {"rounding": rounding, "origin": origin}
+    state[0][: index.num_active], options = master, {"rounding": rounding, "origin": origin, "pull": pull}
     padded = padded_zeros(index)
     padded[: index.num_active] = gradient
     device = weights.device
@@ -79,6 +79,19 @@ def test_bits_are_those_of_the_hash(device, num_active, origin, kind):
         expected = before.cpu()
         expected[positions] = _rounded(new.cpu(), 3, 1, [origin + p for p in positions.tolist()])
         assert torch.equal(weights.cpu(), expected)
+
+
+@pytest.mark.parametrize("kind", UPDATES)
+def test_pulled_masters_are_rounded_the_same_way(device, kind):
+    positions, weights, index, master, gradient = _case(device, TILE + 1, 3 * TILE)
+    plain = _update(kind, weights.clone(), index, master, gradient, None)
+    expected = weights.cpu()
+    old, importance = padded_zeros(index, torch.bfloat16), padded_zeros(index, torch.bfloat16).fill_(0.5)
+    pull = Pull(old, importance, torch.tensor(2.0, device=device))
+    new = _update(kind, weights, index, master, gradient, _key(device), pull=pull)
+    assert torch.equal(new, plain / 2), "towards zero, half the way, which is exact"
+    expected[positions] = _rounded(new.cpu(), 3, 1, positions.tolist())
+    assert torch.equal(weights.cpu(), expected)
 
 
 @pytest.mark.parametrize("kind", UPDATES)

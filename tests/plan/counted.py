@@ -169,7 +169,7 @@ def _block_and_plan(
     is_uneven = options.pop("uneven", False)
     shapes = plan.shapes_of_config(config, case)
     names = eligible(shapes.shapes)
-    layout = plan.Layout(
+    layout = plan.RankLayout(
         ranks=torch.distributed.get_world_size(),
         shard_group_size=options.get("shard_group_size"),
         gradient_accumulation_steps=ACCUMULATION,

@@ -69,7 +69,7 @@ def test_parameters_of_published_models(llama_8b, llama_70b):
 
 def test_index_of_70b(llama_70b):
     """14 GB whole at 10%, 2.8 GB at 1%; with dense only this rank's share."""
-    layout = plan.Layout(ranks=64)
+    layout = plan.RankLayout(ranks=64)
     for density, whole in ((0.1, 13.7e9), (0.01, 2.74e9)):
         made = _lota(llama_70b, layout, density)
         assert made.device["index, whole"] == pytest.approx(whole, rel=0.01)
@@ -78,7 +78,7 @@ def test_index_of_70b(llama_70b):
 
 
 def test_states_of_8b(llama_8b):
-    layout, names = plan.Layout(ranks=8, persistence_threshold=0, bucket=0), eligible(llama_8b.shapes)
+    layout, names = plan.RankLayout(ranks=8, persistence_threshold=0, bucket=0), eligible(llama_8b.shapes)
     numel, trained = llama_8b.numel(), llama_8b.numel(names)
     assert plan.full(llama_8b, layout).held == 16 * numel // 8
     assert plan.calibration(llama_8b, layout, names, "gradient").held == 2 * numel // 8 + 4 * trained // 8
@@ -88,7 +88,7 @@ def test_states_of_8b(llama_8b):
 
 
 def test_checkpoint_and_ticket_of_8b(llama_8b):
-    layout = plan.Layout(ranks=8)
+    layout = plan.RankLayout(ranks=8)
     trained = llama_8b.numel(eligible(llama_8b.shapes))
     assert plan.full(llama_8b, layout).checkpoint == 14 * llama_8b.numel()
     for density, bits in ((0.1, 2.15), (0.01, 0.25)):
@@ -100,7 +100,7 @@ def test_checkpoint_and_ticket_of_8b(llama_8b):
 
 
 def test_gradients_sent_shrink_with_the_density(llama_8b):
-    layout = plan.Layout(ranks=16, node_size=8, shard_group_size=8)
+    layout = plan.RankLayout(ranks=16, node_size=8, shard_group_size=8)
     names = eligible(llama_8b.shapes)
     for density in (0.1, 0.01):
         made = _lota(llama_8b, layout, density)
@@ -128,7 +128,7 @@ def test_what_leaves_a_rank(kind, group, node, expected):
 
 
 def test_auto_takes_compact_unless_only_dense_fits(llama_70b):
-    layout = plan.Layout(ranks=8)
+    layout = plan.RankLayout(ranks=8)
     plans = {kind: _lota(llama_70b, layout, 0.1, reduction=kind) for kind in ("compact", "dense")}
     options = {"shard_size": 8, "reduce_every": "micro_step"}
     assert plans["dense"].peak < plans["compact"].peak
@@ -154,7 +154,7 @@ def test_advice_names_single_changes_that_fit(llama_70b):
         counts = plan.MaskCounts.even(llama_70b, names, choice.density, choice.layout.shard_size)
         return plan.lota(llama_70b, choice.layout, counts, reduction=choice.reduction)
 
-    choice = Choice(plan.Layout(ranks=8), sparse, density=0.1, reduction="compact")
+    choice = Choice(plan.RankLayout(ranks=8), sparse, density=0.1, reduction="compact")
     memory = 40 * GIB
     assert sparse(choice).peak > memory
     lines = plan.advise(choice, memory)
@@ -168,9 +168,9 @@ def test_advice_names_single_changes_that_fit(llama_70b):
     def scored(choice):
         return plan.calibration(llama_70b, choice.layout, names, choice.score)
 
-    lines = plan.advise(Choice(plan.Layout(ranks=8), scored, score="task_vector"), 80 * GIB)
+    lines = plan.advise(Choice(plan.RankLayout(ranks=8), scored, score="task_vector"), 80 * GIB)
     assert any("score gradient" in line for line in lines) and any("16 ranks" in line for line in lines)
-    assert "no single change" in plan.advise(Choice(plan.Layout(), scored, score="gradient"), 1 << 20)[-1]
+    assert "no single change" in plan.advise(Choice(plan.RankLayout(), scored, score="gradient"), 1 << 20)[-1]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -203,10 +203,11 @@ def test_a_given_mask_is_counted_exactly(size):
         assert counts.spread.fullest == max(per_rank) and mask_counts(mask, size).spread.local == max(per_rank)
 
 
-def test_the_document_shows_what_commands_print(tmp_path, monkeypatch, capsys):
+def test_the_pages_show_what_commands_print(tmp_path, monkeypatch, capsys):
     """`...` stands for lines left out."""
-    document = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
-    blocks = re.findall(r"```text\n\$ lota (plan .*)\n([^`]*)```", document.read_text())
+    pages = [Path(__file__).resolve().parents[2] / "docs" / name for name in ("planning.md", "planning_70b.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    blocks = re.findall(r"```text\n\$ lota (plan .*)\n([^`]*)```", text)
     assert len(blocks) == 6
     (tmp_path / "llama-70b").mkdir()
     (tmp_path / "llama-70b" / "config.json").write_text(json.dumps(LLAMA_70B))

@@ -26,7 +26,7 @@ def shapes() -> dict[str, plan.ModelShapes]:
     return {stem: plan.shapes_of_config(config, MODELS[stem]) for stem, config in CONFIGS.items()}
 
 
-def plans(model: plan.ModelShapes, density: float, score: str, layout: plan.Layout) -> list[plan.MethodPlan]:
+def plans(model: plan.ModelShapes, density: float, score: str, layout: plan.RankLayout) -> list[plan.MethodPlan]:
     """Full fine-tuning, the calibration of `score`, that of gradients, and sparse training."""
     names = eligible(model.shapes)
     return [
@@ -45,7 +45,7 @@ def test_every_phase_fits_and_sparse_training_holds_the_least(
     args, config, _ = options(path)
     assert args.density is not None and args.score is not None
     model = shapes[next(stem for stem in MODELS if path.stem.startswith(stem))]
-    layout = plan.Layout(
+    layout = plan.RankLayout(
         ranks=8,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         gradient_checkpointing=config.gradient_checkpointing,
@@ -58,7 +58,7 @@ def test_every_phase_fits_and_sparse_training_holds_the_least(
 def test_the_page_of_the_configurations_has_the_planners_figures(shapes: dict[str, plan.ModelShapes]) -> None:
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
     for model in shapes.values():
-        figures = plans(model, 0.1, "task_vector", plan.Layout(ranks=8, gradient_checkpointing=True))
+        figures = plans(model, 0.1, "task_vector", plan.RankLayout(ranks=8, gradient_checkpointing=True))
         cells = [f"{model.numel() / 1e9:.2f}e9", *(f"{one.peak / 1e9:.1f}" for one in figures)]
         row = " | ".join([f"| {model.name}", *cells, f"{figures[-1].product / 1e9:.1f} |"])
         assert row in page, row

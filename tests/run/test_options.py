@@ -83,6 +83,8 @@ def test_rounding_seed() -> None:
         (["--push_to_hub", "true"], "would upload the Trainer's folders and not the ticket"),
         (["--save_only_model", "true"], "save_only_model would leave checkpoints"),
         (["--ticket_dtype", "int8"], "ticket_dtype must be"),
+        (["--ticket_form", "pack"], "ticket_form must be one of plain, values, packed"),
+        (["--ticket_form", "packed", "--ticket_dtype", "float32"], "leave one of them out"),
         (["--kernels", "tritn"], "kernels must be one of auto, torch, triton, got 'tritn'"),
         (["--gradient_reduction", "compct"], "Did you mean 'compact'"),
         (["--method", "full", "--kernels", "torch"], "kernels would be ignored"),

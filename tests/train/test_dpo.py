@@ -64,6 +64,34 @@ def test_a_ticket_with_a_reference_and_with_its_answers_computed_beforehand(rank
         assert torch.equal(after[name][~active], tensor[~active]), name
 
 
+@pytest.mark.parametrize("options", [(), ("--gradient_checkpointing", "true", "--shard_group_size", "1")])
+def test_the_model_itself_is_as_good_a_reference_as_a_second_one(ranks, base: Path, options: tuple[str, ...]) -> None:
+    name = "checkpointed" if options else "plain"
+    options = (*options, "--score", "gradient", "--calibration_steps", "2", "--max_steps", "20")
+    itself = run(ranks, base, f"itself_{name}", *options)
+    second = run(ranks, base, f"second_{name}", *options, "--reference", "model")
+    assert jobs.losses(itself) == jobs.losses(second) and len(jobs.losses(itself)) == 20
+    assert len(set(jobs.losses(itself))) > 10
+    one, two = Ticket.load(itself / "ticket"), Ticket.load(second / "ticket")
+    assert one.mask == two.mask
+    assert all(torch.equal(one.values(name), two.values(name)) for name in one.names)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "full", "--reference", "ticket"), "needs method: lota"),
+        (("--method", "lora", "--reference", "model"), "switches its adapter off"),
+        (("--reference", "model", "--precompute_ref_log_probs", "true"), "leave one of them out"),
+        (("--reference", "ticket", "--sync_ref_model", "true"), "set reference: model"),
+        (("--reference", "tiket"), "Did you mean"),
+    ],
+)
+def test_references_that_cannot_be(ranks, base: Path, options: tuple[str, ...], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        run(ranks, base, "refused", *options)
+
+
 def test_an_adapter_is_switched_off_for_the_reference(ranks, base: Path) -> None:
     output = run(ranks, base, "lora", "--method", "lora", "--lora_dropout", "0")
     assert jobs.losses(output)[0] == pytest.approx(math.log(2), abs=1e-3)

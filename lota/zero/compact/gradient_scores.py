@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lota.zero.checkpoint.vectors import Vector
 from lota.zero.compact.reduction import GradientReducer, ReductionGroups
-from lota.zero.compact.scores import Piece
+from lota.zero.compact.scores import WeightPiece
 from lota.zero.compact.step_gradients import StepGradients
 from lota.zero.compact.whole_gradients import WholeGradients
 
@@ -32,7 +32,7 @@ class GradientScores:
 
     def __init__(
         self,
-        pieces: Sequence[Piece],
+        pieces: Sequence[WeightPiece],
         score: str,
         *,
         groups: ReductionGroups,
@@ -231,7 +231,7 @@ class GradientScores:
             Vector.of(f"{piece.name}.{self._score}", piece.start, sums) for piece, sums in self._sums() if sums.numel()
         ]
 
-    def _sums(self) -> Iterator[tuple[Piece, Tensor]]:
+    def _sums(self) -> Iterator[tuple[WeightPiece, Tensor]]:
         """Every piece with its sums (a view)."""
         return zip(self._pieces, self._sum.split([piece.weights.numel() for piece in self._pieces]))
 

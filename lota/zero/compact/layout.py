@@ -40,7 +40,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Layout:
+class CompactLayout:
     """The slots of one group of tensors, seen from rank `rank` of a shard group of `size` ranks."""
 
     slots: tuple[Slot, ...]
@@ -89,7 +89,7 @@ def owner_counts(positions: Tensor, numel: int, size: int) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in pairwise(owner_bounds(positions, numel, size)))
 
 
-def build_layout(tensors: Sequence[tuple[str, int, tuple[int, ...]]], rank: int) -> Layout:
+def build_layout(tensors: Sequence[tuple[str, int, tuple[int, ...]]], rank: int) -> CompactLayout:
     """From `(name, numel, counts per rank)` of each tensor, in the order in which their pieces stand in the buffer."""
     slots: list[Slot] = []
     full_start = local_start = full_origin = local_origin = 0
@@ -99,4 +99,4 @@ def build_layout(tensors: Sequence[tuple[str, int, tuple[int, ...]]], rank: int)
         slots.append(Slot(name, numel, n, counts, full_start, local_start, full_origin, local_origin))
         full_start, local_start = full_start + sum(counts), local_start + counts[rank]
         full_origin, local_origin = full_origin + numel, local_origin + n
-    return Layout(tuple(slots), rank, size)
+    return CompactLayout(tuple(slots), rank, size)

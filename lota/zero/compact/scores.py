@@ -24,7 +24,7 @@ _LOG = logging.getLogger("lota")
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightPiece:
     """This rank's piece of an eligible tensor: `weights` is its real part (no padding), beginning at flat `start`."""
 
     name: str
@@ -50,7 +50,9 @@ class TaskVectorScores:
     pieces: of all tensors that train; scored: names of those that get scores (None: all).
     """
 
-    def __init__(self, pieces: Sequence[Piece], dense: DenseOptimizer, scored: Collection[str] | None = None) -> None:
+    def __init__(
+        self, pieces: Sequence[WeightPiece], dense: DenseOptimizer, scored: Collection[str] | None = None
+    ) -> None:
         self._pieces, self._dense = pieces, dense
         self._scored = [piece for piece in pieces if scored is None or piece.name in scored]
         self._base = {piece.name: piece.weights.detach().to("cpu", copy=True) for piece in self._scored}
@@ -93,7 +95,7 @@ class TaskVectorScores:
             for kind, dtype in kinds.items()
         ]
 
-    def _vector(self, piece: Piece, kind: str, dtype: torch.dtype) -> Vector:
+    def _vector(self, piece: WeightPiece, kind: str, dtype: torch.dtype) -> Vector:
         count = piece.weights.numel()
         return Vector(
             f"{piece.name}.{kind}",
@@ -115,7 +117,7 @@ class TaskVectorScores:
 class WeightScores:
     """`magnitude` and `random`: nothing is accumulated, and there is nothing to resume."""
 
-    def __init__(self, pieces: Sequence[Piece], score: str) -> None:
+    def __init__(self, pieces: Sequence[WeightPiece], score: str) -> None:
         self._pieces, self._score = pieces, score
 
     def add_gradient(self, name: str, gradient: Tensor) -> None:
@@ -160,7 +162,7 @@ class WeightScores:
         pass
 
 
-def piece_of(name: str, numel: int, partition: Tensor, rank: int, size: int) -> Piece:
+def piece_of(name: str, numel: int, partition: Tensor, rank: int, size: int) -> WeightPiece:
     """The real part of `partition`, rank `rank`'s padded piece of a tensor of `numel` elements over `size` ranks."""
     start, stop = owned_range(numel, size, rank)
-    return Piece(name, numel, start, partition[: stop - start])
+    return WeightPiece(name, numel, start, partition[: stop - start])

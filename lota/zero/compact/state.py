@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lota.kernels import CHUNK, TileIndex, gather, padded_zeros
-from lota.zero.compact.layout import Layout, Slot, build_layout, owned_range, owner_bounds
+from lota.zero.compact.layout import CompactLayout, Slot, build_layout, owned_range, owner_bounds
 from lota.zero.compact.survey import Chunks, survey
 
 
@@ -48,7 +48,7 @@ class CompactState:
         tensors = list(zip(names, numels, strict=True))
         found = survey(tensors, chunks, size, [rank])
         counted = zip(tensors, found.counts, strict=True)
-        self.layout: Layout = build_layout([(*tensor, counts) for tensor, counts in counted], rank)
+        self.layout: CompactLayout = build_layout([(*tensor, counts) for tensor, counts in counted], rank)
         if self.layout.local_numel != weights.numel():
             raise ValueError(
                 f"the group's pieces hold {self.layout.local_numel} elements, its buffer {weights.numel()}"

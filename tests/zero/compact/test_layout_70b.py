@@ -27,7 +27,7 @@ from lota.zero.compact.layout import owned_range
 from lota.zero.compact.reduction import GradientReducer
 from tests.counting import Traffic
 
-DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "planning.md"
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "planning_70b.md"
 BUCKET = 1 << 22
 
 
