@@ -65,9 +65,9 @@ def _base(job: Job) -> dict[str, Any]:
     from lota.study.pretrain import BaseConfig, pretrain
 
     (job.folder / "run").mkdir(exist_ok=True)
-    rows = read_jsonl(job.options["texts"])
+    texts = [row["text"] for row in read_jsonl(job.options["texts"])]
     tokenizer = AutoTokenizer.from_pretrained(job.options["tokenizer"])
-    loss = pretrain(BaseConfig(**job.options["config"]), tokenizer, rows, job.folder / "run", _say)
+    loss = pretrain(BaseConfig(**job.options["config"]), tokenizer, texts, job.folder / "run", _say)
     return {"loss": loss}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,13 +55,13 @@ def prepare(config: DataConfig, tasks: Iterable[str], data: Path | None, out: Pa
     with new_folder(out) as folder:
         made = World(config) if data is None else Real(config, data)
         requests = safety.rows("requests", config.seed, "pretraining", round(SHARE_REQUESTS * config.num_texts))
-        rows = made.pretraining() + requests
-        random.Random(config.seed).shuffle(rows)
-        held, rows = rows[: 2 * config.num_general], rows[2 * config.num_general :]
-        _write(folder / "pretraining.jsonl", rows)
-        _write(folder / "general_train.jsonl", ({"text": _text(row)} for row in held[: config.num_general]))
-        _write(folder / "general_test.jsonl", ({"text": _text(row)} for row in held[config.num_general :]))
-        tokenizer = train_tokenizer(map(_text, rows[:20000]), config.vocab_size)
+        texts = made.pretraining() + [row["prompt"] + row["completion"] for row in requests]
+        random.Random(config.seed).shuffle(texts)
+        held, texts = texts[: 2 * config.num_general], texts[2 * config.num_general :]
+        _write(folder / "pretraining.jsonl", ({"text": text} for text in texts))
+        _write(folder / "general_train.jsonl", ({"text": text} for text in held[: config.num_general]))
+        _write(folder / "general_test.jsonl", ({"text": text} for text in held[config.num_general :]))
+        tokenizer = train_tokenizer(texts[:20000], config.vocab_size)
         tokenizer.save_pretrained(folder / "tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         for task in sorted(tasks):
@@ -77,7 +78,7 @@ class World:
         self._config = config
         self._world = world.World(world.WorldConfig(config.seed, config.conflict))
 
-    def pretraining(self) -> list[Row]:
+    def pretraining(self) -> list[str]:
         return list(self._world.pretraining(self._config.num_texts))
 
     def rows(self, task: str, part: str) -> Iterator[Row]:
@@ -96,8 +97,8 @@ class Real:
     def __init__(self, config: DataConfig, data: Path) -> None:
         self._config, self._texts = config, Texts(data, config.seed)
 
-    def pretraining(self) -> list[Row]:
-        return [{"text": text} for text in self._texts.pretraining()]
+    def pretraining(self) -> list[str]:
+        return self._texts.pretraining()
 
     def rows(self, task: str, part: str) -> Iterator[Row]:
         return self._texts.rows(task, part)
@@ -123,9 +124,10 @@ def _fitting(rows: Iterable[Row], tokenizer: Any, config: DataConfig, count: int
             yield row
 
 
-def _text(row: Row) -> str:
-    return row["text"] if "text" in row else row["prompt"] + row["completion"]
-
-
 def _write(path: Path, rows: Iterable[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def discard(out: Path) -> None:
+    """Remove the folder that `prepare` made."""
+    shutil.rmtree(out, ignore_errors=True)

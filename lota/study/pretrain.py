@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lota.demo.small_model import BEGIN, END, PADDING, save_atomically
-from lota.evaluate.answer_loss import IGNORED
 
 
 @dataclass(frozen=True)
@@ -66,29 +65,28 @@ class BaseConfig:
 
 
 def pretrain(
-    config: BaseConfig, tokenizer: Any, rows: Iterable[Mapping[str, str]], folder: Path, say: Callable[[str], None]
+    config: BaseConfig, tokenizer: Any, texts: Iterable[str], folder: Path, say: Callable[[str], None]
 ) -> float:
-    """Write the base to `folder`/model; the mean loss of its last steps. Sequences are packed.
+    """Write the base to `folder`/model; the mean loss of its last steps. Sequences are packed, every token counts.
 
     What is saved on the way stays in `folder` until the base is complete.
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
-    ids, labels = packed(tokenizer, rows, config.max_length)
+    sequences = packed(tokenizer, texts, config.max_length)
     model = config.model(len(tokenizer)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     first = _load(folder / "partial.safetensors", model, optimizer)
-    size = f"{model.num_parameters() / 1e6:.2f}M parameters, {len(ids)} sequences"
+    size = f"{model.num_parameters() / 1e6:.2f}M parameters, {len(sequences)} sequences"
     say(f"base: {size}, steps {first} to {config.steps}")
     losses: list[Tensor] = []
     started = time.monotonic()
     for step in range(first, config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1.0, (step + 1) / 50) * max(0.02, 1 - step / config.steps)
-        lines = _chosen(len(ids), step, config)
-        inputs, targets = (torch.from_numpy(part[lines].astype(np.int64)).to(device) for part in (ids, labels))
+        rows = torch.from_numpy(sequences[_chosen(len(sequences), step, config)].astype(np.int64)).to(device)
         with torch.autocast(device.type, torch.bfloat16) if device.type != "cpu" else nullcontext():
-            loss = model(input_ids=inputs, labels=targets).loss
+            loss = model(input_ids=rows, labels=rows).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -106,23 +104,23 @@ def pretrain(
     return float(torch.stack(losses[-100:]).mean()) if losses else float("nan")
 
 
-def packed(tokenizer: Any, rows: Iterable[Mapping[str, str]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """All rows, each between its begin and end token, cut into lines of `length`: ids and labels (int32); the rest is
-    left out. rows: a text, which counts whole, or prompt and completion, of which the completion does."""
+def packed(tokenizer: Any, texts: Iterable[str], length: int) -> np.ndarray:
+    """All texts, each between its begin and end token, cut into rows of `length` ids (int32); the rest is left out."""
     ids: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    rows = list(rows)
-    for first in range(0, len(rows), 2000):
-        some = rows[first : first + 2000]
-        whole = tokenizer([row.get("text") or row["prompt"] + row["completion"] for row in some])["input_ids"]
-        prompts = tokenizer([row.get("prompt", "") for row in some])["input_ids"]
-        for row, found, prompt in zip(some, whole, prompts, strict=True):
-            ids.append(np.array([*found, END], np.int32))
-            labels.append(ids[-1].copy())
-            if "prompt" in row:
-                labels[-1][: len(prompt)] = IGNORED
-    kept = sum(map(len, ids)) // length * length
-    return tuple(np.concatenate(part)[:kept].reshape(-1, length) for part in (ids, labels))  # type: ignore[return-value]
+    part: list[str] = []
+
+    def encode() -> None:
+        ids.extend(np.array([*found, END], np.int32) for found in tokenizer(part)["input_ids"])
+        part.clear()
+
+    for text in texts:
+        part.append(text)
+        if len(part) == 2000:
+            encode()
+    if part:
+        encode()
+    flat = np.concatenate(ids)
+    return flat[: len(flat) // length * length].reshape(-1, length)
 
 
 def _chosen(count: int, step: int, config: BaseConfig) -> np.ndarray:

@@ -72,16 +72,17 @@ class World:
             texts.append(_text(words) if name is None else self._translated(words, name))
         return texts
 
-    def pretraining(self, count: int) -> Iterator[Row]:
-        """Translations into known languages, as prompt and completion, and plain text for one row in five."""
+    def pretraining(self, count: int) -> Iterator[str]:
+        """Texts: translations into known languages, and plain text for three in ten."""
         rng = random.Random(f"{self.config.seed} pretraining")
         known = {name: iter(self.rows(name, "pretraining", count)) for name in KNOWN}
         plain = iter(self.plain_text("pretraining", count))
         for _ in range(count):
-            if rng.random() < 0.2:
-                yield {"text": next(plain)}
+            if rng.random() < 0.3:
+                yield next(plain)
             else:
-                yield next(known[rng.choice(KNOWN)])
+                row = next(known[rng.choice(KNOWN)])
+                yield row["prompt"] + row["completion"]
 
     def _language(self, rng: random.Random, taken: set[str]) -> dict[str, str]:
         consonants, vowels = "".join(rng.sample("bdfgklmnprstvxz", 8)), "".join(rng.sample("aeiou", 3))
