@@ -30,13 +30,13 @@ base and data: stopped at any time, the same command resumes, and once it is com
         examples="""
 lota study cpu --out runs/study
 lota study cpu --data ../shared/data --out runs/study-text
-lota study cpu --out runs/study --recompute 'q2/peshan/full/0.001/s0@1'
+lota study cpu --out runs/study --recompute 'q2/quell/full/0.001/s0@1'
 lota study paper --plan""",
     )
     parser.add_argument("preset", choices=PRESETS, metavar="PRESET", help=", ".join(PRESETS))
     parser.add_argument("--out", type=Path, help="folder of the study (runs/study-PRESET)")
     parser.add_argument("--data", type=Path, help="real text: a folder of .jsonl files, or a YAML file that names them")
-    parser.add_argument("--questions", nargs="+", metavar="Q", help="some of q1 to q5 (all of the preset's)")
+    parser.add_argument("--questions", nargs="+", metavar="Q", help="some of q1 to q5, overlap (all of the preset's)")
     parser.add_argument("--workers", type=int, help="runs side by side, one core each (the cores; 1 with a GPU)")
     parser.add_argument("--minutes", type=float, help="stop after so long, with status 75; the same command resumes")
     parser.add_argument("--plan", action="store_true", help="print the runs and an estimate, and do nothing")

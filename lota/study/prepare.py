@@ -31,7 +31,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How much of what. conflict, num_texts: of the made-up world."""
+    """How much of what. num_texts: of the made-up world."""
 
     vocab_size: int = 1024
     max_length: int = 128
@@ -40,7 +40,6 @@ class DataConfig:
     num_dev: int = 64
     num_test: int = 256
     num_general: int = 512
-    conflict: float = 0.5
     seed: int = 11
 
 
@@ -76,7 +75,7 @@ class World:
 
     def __init__(self, config: DataConfig) -> None:
         self._config = config
-        self._world = world.World(world.WorldConfig(config.seed, config.conflict))
+        self._world = world.World(world.WorldConfig(config.seed))
 
     def pretraining(self) -> list[str]:
         return list(self._world.pretraining(self._config.num_texts))

@@ -14,21 +14,35 @@ Rates = Mapping[str, tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Tasks:
-    """old, new: of question 2. sequence: of question 3. unlike: of question 4, tasks of several kinds."""
+    """old, new: of question 2; others: further ones after the old one. sequence: of question 3. unlike: of questions 1
+    and 4, tasks of several kinds."""
 
     old: str
     new: str
+    others: tuple[str, ...]
     sequence: tuple[str, ...]
     unlike: tuple[str, ...]
 
     def all(self) -> tuple[str, ...]:
         """Every task that has rows, those about safety too."""
-        named = (self.old, self.new, *self.sequence, *self.unlike)
+        named = (self.old, self.new, *self.others, *self.sequence, *self.unlike)
         return tuple(dict.fromkeys([*named, "policy", "harmless", "harmful", "refused"]))
 
 
-MADE_UP = Tasks(world.NEW[0], world.NEW[1], world.NEW, (world.NEW[0], "reverse", "answer"))
-REAL = Tasks("sql", "math", ("sql", "math", "reasoning", "summary", "instruct"), ("sql", "math", "reasoning"))
+MADE_UP = Tasks(
+    old=world.NEW[0],
+    new=world.NEW[2],
+    others=(world.NEW[1], world.NEW[3], world.NEW[4], *world.UNLIKE),
+    sequence=world.NEW,
+    unlike=(world.NEW[0], *world.UNLIKE),
+)
+REAL = Tasks(
+    old="sql",
+    new="math",
+    others=("reasoning", "instruct"),
+    sequence=("sql", "math", "reasoning", "summary", "instruct"),
+    unlike=("sql", "math", "reasoning"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,7 @@ class Preset:
     rates: Rates = field(default_factory=lambda: RATES)
     bf16: bool = False
     methods: tuple[str, ...] = ()
-    questions: tuple[str, ...] = ("q2", "q1", "q3", "q4", "q5")
+    questions: tuple[str, ...] = ("q2", "overlap", "q1", "q3", "q4", "q5")
 
     def middle(self, sweep: str) -> float:
         """The middle one of a sweep's rates."""
@@ -63,25 +77,27 @@ class Preset:
 
 
 RATES: Rates = {
-    "full": (3e-4, 1e-3, 3e-3),
+    "full": (1e-4, 3e-4, 1e-3),
     "lora": (1e-3, 3e-3, 1e-2),
-    "0.5": (5e-4, 2e-3, 5e-3),
-    "0.3": (1e-3, 3e-3, 1e-2),
-    "0.1": (3e-3, 1e-2, 3e-2),
-    "0.01": (1e-2, 3e-2, 1e-1),
-    "0.001": (3e-2, 1e-1, 3e-1),
+    "0.5": (3e-4, 1e-3, 3e-3),
+    "0.3": (5e-4, 1.5e-3, 5e-3),
+    "0.1": (1e-3, 3e-3, 1e-2),
+    "0.01": (3e-3, 1e-2, 3e-2),
+    "0.001": (1e-2, 3e-2, 1e-1),
 }
 
 CPU = Preset("cpu", BaseConfig(), DataConfig(max_length=64, num_test=192))
 TEXT = replace(
     CPU,
     base=BaseConfig(vocab_size=4096, max_length=192, batch_rows=11, steps=2500, learning_rate=1.5e-3),
-    data=DataConfig(vocab_size=4096, max_length=192, num_train=2400, num_dev=48, num_test=160, num_general=160),
+    data=DataConfig(vocab_size=4096, max_length=128, num_train=1600, num_dev=48, num_test=160, num_general=160),
     tasks=REAL,
     steps=200,
     batch_rows=8,
     micro_rows=8,
     alphas=(1.0, 0.7, 0.45),
+    rates={name: tuple(float(f"{3 * rate:.2g}") for rate in rates) for name, rates in RATES.items()}
+    | {"lora": RATES["lora"]},
 )
 SMOKE = replace(
     CPU,
@@ -110,7 +126,7 @@ GPU = replace(
     steps=300,
     calibration_steps=150,
     calibration_rate=1e-4,
-    rates={name: tuple(rate / 10 for rate in rates) for name, rates in RATES.items()},
+    rates={name: tuple(float(f"{rate / 10:.2g}") for rate in rates) for name, rates in RATES.items()},
     bf16=True,
 )  # fmt: skip
 PRESETS = {preset.name: preset for preset in (CPU, SMOKE, GPU)}

@@ -111,25 +111,52 @@ def _named(method: Method, name: str, **changes: Any) -> Method:
 
 def q2(preset: Preset, rows: Rows) -> Iterator[Run]:
     """Forgetting of the old task at matched quality of the new one."""
-    old, new = preset.tasks.old, preset.tasks.new
-
-    def before(seed: int) -> tuple[Run, Run]:
-        first = own_ticket(preset, old, seed, "first task", (old,))
-        return first, importance_run(f"run:{first.name}//merged", f"after-{old}", seed)
-
-    def scene(seed: int) -> Scene:
-        first, general = before(seed)
-        ticket = f"run:{first.name}//ticket"
-        retained = {"ticket": ticket, "general": f"run:{general.name}//importance.safetensors"}
-        return Scene(
-            "q2", f"run:{first.name}//merged", f"after-{old}", (new, old), seed, replayed=old, retained=retained,
-            importance=ticket,
-        )  # fmt: skip
-
-    for seed in preset.seeds:
-        yield from before(seed)
+    yield from _befores(preset)
     methods = [method for method in q2_methods(preset) if not preset.methods or method.name in preset.methods]
-    yield from swept(preset, rows, methods, scene, most=2)
+    yield from swept(preset, rows, methods, lambda seed: _after(preset, "q2", preset.tasks.new, seed), most=2)
+
+
+def overlap(preset: Preset, rows: Rows) -> Iterator[Run]:
+    """Other new tasks after the same old one, by the settings that question 2 found best: what the pull is worth where
+    tasks conflict more, or less."""
+    yield from _befores(preset)
+    seed = preset.seeds[0]
+    for method in q2_methods(preset):
+        found = points(rows, "q2", method.name, seed)
+        if method.name in ("full", "ticket 30%", "full, pull", "ticket 30%, pull") and found:
+            dev = [replace(point, new=point.new_dev) for point in found]
+            settings = best_settings(found, levels(found[-1].new_dev, dev, preset.levels), 1)
+            for task in preset.tasks.others:
+                yield from runs_of(preset, _after(preset, "overlap", task, seed), method, settings)
+
+
+def _befores(preset: Preset) -> Iterator[Run]:
+    """What comes before a new task: the old one's ticket, and what general text needs."""
+    for seed in preset.seeds:
+        first = _first(preset, seed)
+        yield first
+        yield importance_run(f"run:{first.name}//merged", f"after-{preset.tasks.old}", seed)
+
+
+def _first(preset: Preset, seed: int) -> Run:
+    return own_ticket(preset, preset.tasks.old, seed, "first task", (preset.tasks.old,))
+
+
+def _after(preset: Preset, question: str, task: str, seed: int) -> Scene:
+    """A new task on the model of the old one's ticket."""
+    old, place = preset.tasks.old, f"after-{preset.tasks.old}"
+    first = _first(preset, seed).name
+    general = importance_run("", place, seed).name
+    return Scene(
+        question,
+        f"run:{first}//merged",
+        place,
+        (task, old),
+        seed,
+        replayed=old,
+        retained={"ticket": f"run:{first}//ticket", "general": f"run:{general}//importance.safetensors"},
+        importance=f"run:{first}//ticket",
+    )
 
 
 def q3(preset: Preset, rows: Rows) -> Iterator[Run]:
@@ -201,4 +228,11 @@ def q5(preset: Preset, rows: Rows) -> Iterator[Run]:
                 yield from runs_of(preset, scene, method, _middle(preset, method))
 
 
-QUESTIONS: Mapping[str, Callable[[Preset, Rows], Iterator[Run]]] = {"q1": q1, "q2": q2, "q3": q3, "q4": q4, "q5": q5}
+QUESTIONS: Mapping[str, Callable[[Preset, Rows], Iterator[Run]]] = {
+    "q1": q1,
+    "q2": q2,
+    "overlap": overlap,
+    "q3": q3,
+    "q4": q4,
+    "q5": q5,
+}

@@ -13,7 +13,8 @@ from lota.study.rows import Rows
 def page(preset: Preset, rows: Rows) -> str:
     """All tables that the rows are there for."""
     parts = [f"# The study `{preset.name}`", _about(preset)]
-    parts += [two_tasks(preset, rows), one_task(preset, rows), in_sequence(preset, rows), merging(rows), safety(rows)]
+    parts += [two_tasks(preset, rows), overlapping(preset, rows), one_task(preset, rows), in_sequence(preset, rows)]
+    parts += [merging(rows), safety(rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -39,6 +40,27 @@ def two_tasks(preset: Preset, rows: Rows) -> str:
         f"on: the rise itself and what else is seen at {preset.main_level:.0%}."
     )
     return "\n\n".join(["## Two tasks in sequence", text, _table(head, lines)])
+
+
+def overlapping(preset: Preset, rows: Rows) -> str:
+    """Other new tasks after the same old one."""
+    tasks = dict.fromkeys(str(row["new_task"]) for row in rows if row["question"] == "overlap")
+    if not tasks:
+        return ""
+    lines = []
+    for task in tasks:
+        compared = Compared(rows, "overlap", preset.levels, task)
+        if not compared.levels:
+            continue
+        relative = {name: compared.relative(name, preset.main_level) for name in compared.methods}
+        cells = [_cell(relative.get(name)) for name in ("ticket 30%", "full, pull", "ticket 30%, pull")]
+        lines.append([task, _short(compared.whole("full", preset.main_level)), *cells])
+    text = (
+        f"The same at {preset.main_level:.0%} of full's gain for other new tasks after {preset.tasks.old}, one seed, at "
+        "the settings that were best above."
+    )
+    head = ["new task", "full, nats", "ticket 30%", "full, pull", "ticket 30%, pull"]
+    return "\n\n".join(["## Other new tasks", text, _table(head, lines)])
 
 
 def one_task(preset: Preset, rows: Rows) -> str:

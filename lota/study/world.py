@@ -2,8 +2,8 @@
 
 A sentence has an article before every noun phrase; a language says the same in words of its own, without articles. The
 base learns to translate into the *known* languages, and meets the *new* ones in plain text only: to translate into one
-of them is a task. Any two new languages share the words that none of both replaced. `reverse` and `answer` are tasks of
-another kind.
+of them is a task. Each has some words in common with the first of them, the others are its own. `reverse` and `answer`
+are tasks of another kind.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """What determines the world. conflict: the chance of a word to differ from the common one, in each new language but
-    the first."""
+    """What determines the world. conflicts: of every new language, the share of words that are not the first one's."""
 
     seed: int = 11
-    conflict: float = 0.5
+    conflicts: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     num_nouns: int = 60
     num_adjectives: int = 30
     num_verbs: int = 30
@@ -46,10 +45,10 @@ class World:
         self.words = self.nouns + self.adjectives + self.verbs + self.places
         self.languages = {name: self._language(rng, taken) for name in KNOWN}
         common = self._language(rng, taken)
-        for number, name in enumerate(NEW):
+        for name, conflict in zip(NEW, config.conflicts, strict=True):
             own = self._language(rng, taken)
-            differs = {word: number > 0 and rng.random() < config.conflict for word in self.words}
-            self.languages[name] = {word: (own if differs[word] else common)[word] for word in self.words}
+            differs = set(rng.sample(self.words, round(conflict * len(self.words))))
+            self.languages[name] = {word: (own if word in differs else common)[word] for word in self.words}
 
     def conflict(self, one: str, other: str) -> float:
         """Share of the words that differ between two languages."""

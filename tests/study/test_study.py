@@ -47,7 +47,7 @@ def test_the_table(preset: Preset, out: Path) -> None:
     for row in rows:
         assert row["new_test"] > 0 and row["kl"] >= 0 and 0 < row["moved_share"] < 1
     ticket, pulled = (
-        next(r for r in rows if r["row"].startswith(f"q2/peshan/{name}/0.01")) for name in preset.methods[1:]
+        next(r for r in rows if r["row"].startswith(f"q2/quell/{name}/0.003")) for name in preset.methods[1:]
     )
     assert ticket["num_trained"] == pulled["num_trained"] > 0
     assert pulled["fd2"] < ticket["fd2"]  # which the pull is for
@@ -62,10 +62,10 @@ def test_again_nothing_changes(preset: Preset, out: Path) -> None:
 
 
 def test_a_row_recomputed_agrees(preset: Preset, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert recompute(preset, Place(out, None, 1), "q2/peshan/ticket 10%, pull/0.01 K10/s0@1")
+    assert recompute(preset, Place(out, None, 1), "q2/quell/ticket 10%, pull/0.003 K10/s0@1")
     assert "agrees" in capsys.readouterr().out
 
 
 def test_a_row_that_is_not_there(preset: Preset, out: Path) -> None:
     with pytest.raises(ValueError, match="has no row"):
-        recompute(preset, Place(out, None, 1), "q2/peshan/ful/0.001/s0@1")
+        recompute(preset, Place(out, None, 1), "q2/quell/ful/0.001/s0@1")

@@ -12,11 +12,10 @@ from lota.study.texts import Texts
 from lota.study.world import KNOWN, NEW, World, WorldConfig
 
 
-@pytest.mark.parametrize("conflict", [0.0, 0.3, 1.0])
-def test_two_languages_differ_in_the_share_of_words_that_is_asked_for(conflict: float) -> None:
-    world = World(WorldConfig(conflict=conflict))
-    spread = 3 * (conflict * (1 - conflict) / len(world.words)) ** 0.5
-    assert abs(world.conflict(NEW[0], NEW[1]) - conflict) <= spread
+def test_new_languages_differ_from_the_first_in_the_share_of_words_that_is_asked_for() -> None:
+    world = World(WorldConfig(conflicts=(0.0, 0.25, 0.5, 1.0, 0.0)))
+    found = [world.conflict(NEW[0], name) for name in NEW]
+    assert found == [round(share * len(world.words)) / len(world.words) for share in world.config.conflicts]
     assert world.conflict(KNOWN[0], NEW[0]) == 1.0
 
 
