@@ -56,8 +56,8 @@ def overlapping(preset: Preset, rows: Rows) -> str:
         cells = [_cell(relative.get(name)) for name in ("ticket 30%", "full, pull", "ticket 30%, pull")]
         lines.append([task, _short(compared.whole("full", preset.main_level)), *cells])
     text = (
-        f"The same at {preset.main_level:.0%} of full's gain for other new tasks after {preset.tasks.old}, one seed, at "
-        "the settings that were best above."
+        f"The same at {preset.main_level:.0%} of full's gain for other new tasks after {preset.tasks.old}, one seed, "
+        "at the settings that were best above."
     )
     head = ["new task", "full, nats", "ticket 30%", "full, pull", "ticket 30%, pull"]
     return "\n\n".join(["## Other new tasks", text, _table(head, lines)])
