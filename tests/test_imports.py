@@ -62,6 +62,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "progress",
     },
     "demo": {"evaluate", "data", "delivery", "packaged", "ticket"},
+    "study": {
+        *("demo", "train", "evaluate", "retention", "algebra", "delivery", "data", "selection", "ticket", "choices"),
+        *("files", "messages", "packaged", "ranks"),
+    },
 }
 # The front door re-exports the rooms; the command line joins them.
 UNRESTRICTED = {"__init__", "__main__", "cli"}

@@ -32,6 +32,7 @@ from lota.cli import (
     push,
     report,
     revert,
+    study,
     verify,
 )
 from lota.cli.needs import missing
@@ -42,7 +43,7 @@ COMMANDS = (
     *(plan, config, inspect, apply, revert, verify, export),
     *(diff, extract, merge, overlap, change, mask),
     *(ledger, matrix),
-    *(push, report, demo),
+    *(push, report, demo, study),
 )
 
 
