@@ -63,8 +63,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "demo": {"evaluate", "data", "delivery", "packaged", "ticket"},
     "study": {
-        *("demo", "train", "evaluate", "retention", "algebra", "delivery", "data", "selection", "ticket", "choices"),
-        *("files", "messages", "packaged", "ranks"),
+        *("demo", "sequence", "train", "evaluate", "retention", "algebra", "delivery", "data", "selection", "ticket"),
+        *("choices", "files", "messages", "packaged", "ranks"),
     },
 }
 # The front door re-exports the rooms; the command line joins them.

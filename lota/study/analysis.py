@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lota.study.frontier import Interval, Point, interval, levels, rise_at
@@ -147,28 +147,21 @@ def _alone(rows: Rows, method: str, task: str) -> dict[str, tuple[float, float]]
 
 
 def matrix(rows: Rows, method: str, seed: int) -> list[dict[str, float]]:
-    """Question 3: the tasks' test losses before the first stage and after each."""
-    stages = sorted(
-        (row for row in rows if (row["question"], row["method"], row["seed"]) == ("q3", method, seed)),
-        key=lambda row: row["stage"],
-    )
-    order = [str(row["new_task"]) for row in stages]
-    base = [{task: float(row[f"{task}_test"] - row[f"{task}_test_rise"]) for task in order} for row in stages[:1]]
-    return base + [{task: float(row[f"{task}_test"]) for task in order} for row in stages]
+    """Question 3: the tasks' test losses on the base and after every stage; the tasks in the order of the stages."""
+    own = [row for row in rows if (row["question"], row["method"], row["seed"]) == ("q3", method, seed)]
+    order = list(dict.fromkeys(str(row["after"]) for row in own if row["stage"] > 0))
+    made: list[dict[str, float]] = []
+    for stage in range(len(order) + 1):
+        losses = {str(row["new_task"]): float(row["new_test"]) for row in own if row["stage"] == stage}
+        made.append({task: losses[task] for task in order})
+    return made
 
 
-def sequence(rows: Rows, method: str, seed: int) -> dict[str, float] | None:
+def sequence(rows: Rows, method: str, seed: int) -> dict[str, float]:
     """Of a sequence: the mean over tasks of what each has gained at the end against the base, and the mean rise since
-    its own stage of all but the last. None where stages are missing."""
-    base, *stages = matrix(rows, method, seed) or [{}]
-    if not stages or len(stages) < len(base):
-        return None
+    its own stage of all but the last."""
+    base, *stages = matrix(rows, method, seed)
     order = list(base)
     rises = [stages[-1][task] - stages[number][task] for number, task in enumerate(order[:-1])]
     kept = [base[task] - stages[-1][task] for task in order]
-    return {"forgetting": sum(rises) / len(rises), "gain": sum(kept) / len(kept)}
-
-
-def mean_by_seed(rows: Rows, name: str, keep: Callable[[Mapping[str, Any]], bool]) -> Interval | None:
-    """Of one column, over the rows that are kept."""
-    return interval([float(row[name]) for row in rows if keep(row) and row.get(name) not in (None, "")])
+    return {"forgetting": sum(rises) / max(len(rises), 1), "gain": sum(kept) / len(kept)}

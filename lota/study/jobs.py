@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import json
 import shutil
@@ -22,6 +23,9 @@ from lota.evaluate.answer_loss import collate
 from lota.files import write_text
 from lota.retention import FILE_NAME, Importance
 
+RESUMING = ("base", "sequence")
+"""Kinds of runs that resume by themselves; of the others a run that was stopped begins again."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -41,7 +45,8 @@ class Job:
 def work(job: Job) -> dict[str, Any]:
     """Do it, from the start; the result, which is also in result.json, the last file to be written."""
     torch.set_num_threads(job.threads)
-    shutil.rmtree(job.folder / "run", ignore_errors=True) if job.kind != "base" else None
+    if job.kind not in RESUMING:
+        shutil.rmtree(job.folder / "run", ignore_errors=True)
     job.folder.mkdir(parents=True, exist_ok=True)
     started, cpu = time.monotonic(), time.process_time()
     facts = _KINDS[job.kind](job)
@@ -119,8 +124,17 @@ def _merge(job: Job) -> dict[str, Any]:
     return dict(merge([Ticket.load(path) for path in paths], job.folder / "run" / "ticket", Merge(**options)))
 
 
-def _score(job: Job) -> dict[str, Any]:
-    return {}
+def _sequence(job: Job) -> dict[str, Any]:
+    """`lota sequence`; a row of its matrix for every stage and task."""
+    from lota.sequence.run import main
+
+    path = _config(job, job.options)
+    try:
+        main([str(path)])
+    finally:
+        _forget()
+    with open(job.folder / "run" / "matrix.csv", encoding="utf-8", newline="") as file:
+        return {"matrix": list(csv.DictReader(file))}
 
 
 _KINDS: dict[str, Callable[[Job], dict[str, Any]]] = {
@@ -129,17 +143,13 @@ _KINDS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "calibrate": _calibrate,
     "importance": _importance,
     "merge": _merge,
-    "score": _score,
+    "sequence": _sequence,
 }
 
 
 def _lota(job: Job, main: Callable[[list[str]], None], options: dict[str, Any]) -> dict[str, Any]:
     """`lota train --config FILE`, in this process; what its summary says."""
-    path = job.folder / "config.yaml"
-    path.write_text(
-        yaml.safe_dump(options | {"output_dir": str(job.folder / "run")}, sort_keys=False), encoding="utf-8"
-    )
-    words = ["--config", str(path)]
+    words = ["--config", str(_config(job, options))]
     before, sys.argv = sys.argv, ["lota train", *words]
     try:
         main(words)
@@ -155,6 +165,14 @@ def _lota(job: Job, main: Callable[[list[str]], None], options: dict[str, Any]) 
         "seconds": summary["seconds"],
         "versions": summary["versions"],
     }
+
+
+def _config(job: Job, options: dict[str, Any]) -> Path:
+    """The file of a run's options."""
+    path = job.folder / "config.yaml"
+    content = options | {"output_dir": str(job.folder / "run")}
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return path
 
 
 def _forget() -> None:
@@ -176,7 +194,7 @@ def _measured(job: Job) -> dict[str, Any]:
     importance = asked.get("importance")
     found = measure(
         start=Path(asked["start"]),
-        outcome=None if job.kind in ("base", "score") else job.folder / "run",
+        outcome=job.folder / "run",
         tasks=[Path(task) for task in asked["tasks"]],
         general=job.data / "general_test.jsonl",
         alphas=asked["alphas"],
@@ -193,7 +211,17 @@ def _tidy(job: Job) -> None:
     if job.keeps or job.kind == "base":
         (job.folder / "kept").touch()
         return
-    for pattern in ("ticket*", "merged", "retained", "adapter", "mask*", "ranking", "checkpoint-*", "calibration"):
+    for pattern in (
+        "[0-9]*",
+        "ticket*",
+        "merged",
+        "retained",
+        "adapter",
+        "mask*",
+        "ranking",
+        "checkpoint-*",
+        "calibration",
+    ):
         for path in run.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -50,8 +50,8 @@ class Preset:
     alphas: tuple[float, ...] = (1.0, 0.8, 0.6, 0.4)
     pulls: tuple[float, ...] = (3.0, 10.0, 30.0)
     densities: tuple[float, ...] = (0.5, 0.1, 0.01, 0.001)
-    levels: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
-    main_level: float = 0.9
+    levels: tuple[float, ...] = (0.9, 0.95, 0.98, 1.0)
+    main_level: float = 0.98
     rates: Rates = field(default_factory=lambda: RATES)
     bf16: bool = False
     methods: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from typing import Any
 
 from lota.choices import STATIC_SCORES
 from lota.study.analysis import best_setting, points
-from lota.study.frontier import Point, best_settings, levels
+from lota.study.frontier import best_settings, levels
 from lota.study.methods import (
     FULL,
     MODEL,
@@ -46,7 +46,7 @@ def swept(preset: Preset, rows: Rows, methods: Sequence[Method], scene: Callable
     if not all(found.values()):
         return
     *reference, start = found[methods[0].name]
-    wanted = levels(start.new_dev, [Point(p.new_dev, 0.0, 0.0, 0.0) for p in reference], preset.levels)
+    wanted = levels(start.new_dev, [replace(point, new=point.new_dev) for point in reference], preset.levels)
     for method in methods:
         again = best_settings(found[method.name], wanted, MAX_REPEATED)
         for seed in others:
@@ -133,33 +133,26 @@ def q2(preset: Preset, rows: Rows) -> Iterator[Run]:
 
 
 def q3(preset: Preset, rows: Rows) -> Iterator[Run]:
-    """Five tasks in sequence: tickets that share no entry, the same with the pull, full fine-tuning and LoRA."""
-    names = preset.tasks.sequence
-    for seed in preset.seeds[:1]:
+    """Five tasks in sequence: full fine-tuning, LoRA, tickets that share no entry, and those with the pull."""
+    for seed in preset.seeds:
         for method in ("full", "LoRA r16", "ticket 10%", "ticket 10%, pull"):
             rate = _rate(preset, method)
-            start = MODEL
-            tickets: list[str] = []
-            for number, task in enumerate(names):
-                options = training(preset, start, task, rate, seed, preset.steps)
-                if method.startswith("ticket"):
-                    options |= {
-                        "method": "lota", "density": 0.1, "calibration_steps": preset.calibration_steps,
-                        "calibration_learning_rate": preset.calibration_rate, "keep_importance": True, "merged": True,
-                        "model_name_or_path": MODEL, "tickets": list(tickets),
-                    }  # fmt: skip
-                    if "pull" in method and tickets:
-                        options |= {"retain": list(tickets), "pull": preset.pulls[1]}
-                else:
-                    options |= FULL if method == "full" else lora(16)
-                order = (task, *(other for other in names if other != task))
-                facts = {"question": "q3", "method": method, "setting": f"{rate:g}", "rate": rate, "stage": number + 1}
-                measure = Measure(start, tuple(f"data:{other}" for other in order))
-                name = f"q3/{method}/{number + 1}-{task}/s{seed}"
-                run = Run(name, "train", options, measure, facts | {"seed": seed}, keeps=True)
-                yield run
-                start = f"run:{run.name}//merged"
-                tickets.append(f"run:{run.name}//ticket")
+            common = training(preset, MODEL, preset.tasks.sequence[0], rate, seed, preset.steps)
+            del common["train_file"]
+            if method.startswith("ticket"):
+                common |= {"method": "lota", "density": 0.1, "calibration_steps": preset.calibration_steps}
+                common |= {"calibration_learning_rate": preset.calibration_rate}
+            else:
+                common |= {"method": "full"} if method == "full" else lora(16) | {"merged": False}
+            if "pull" in method:
+                common["pull"] = preset.pulls[1]
+            tasks = [
+                {"name": task, "train_file": [f"data:{task}/train.jsonl"], "eval_file": [f"data:{task}/test.jsonl"]}
+                for task in preset.tasks.sequence
+            ]
+            options = {**common, "eval_rows_limit": preset.data.num_test, "tasks": tasks}
+            facts = {"question": "q3", "method": method, "setting": f"{rate:g}", "rate": rate, "seed": seed}
+            yield Run(f"q3/{method}/s{seed}", "sequence", options, None, facts)
 
 
 def _rate(preset: Preset, method: str) -> float:

@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from lota.files import write_text
-from lota.study.runs import Plan
+from lota.study.runs import Plan, Run
 
 Rows = list[dict[str, Any]]
 _JUDGED = ("refused", "answered")
-_PARTS = ("dev", "test", "test rise")
 
 
 def rows_of(plan: Plan) -> Rows:
     """Rows of all planned runs that are done and measured, in the order of the plan."""
     rows: Rows = []
     for run in plan.runs.values():
-        if run.measure is None or not plan.is_done(run.name):
+        if (run.measure is None and run.kind != "sequence") or not plan.is_done(run.name):
             continue
         result = json.loads((plan.folder(run.name) / "result.json").read_text(encoding="utf-8"))
+        if run.measure is None:
+            rows += _of_sequence(plan, run, result)
+            continue
         names = [Path(task.removeprefix("data:")).name for task in run.measure.tasks]
         for point in result["points"]:
             rows.append(
@@ -31,7 +33,7 @@ def rows_of(plan: Plan) -> Rows:
                 | {"alpha": point["alpha"], "kl": point["kl"], "new_task": names[0], "old_task": names[-1]}
                 | _named(point, names[0], "new") | _named(point, names[-1], "old")
                 | {"general": point["general test"], "general_rise": point["general test rise"]}
-                | {f"{n}_{part.replace(' ', '_')}": point[f"{n} {part}"] for n in _several(names) for part in _PARTS}
+                | {f"{n}_{part}": point[f"{n} {part}"] for n in _several(names) for part in ("dev", "test")}
                 | {name.replace(" ", "_"): value for name, value in point.items() if name.endswith(_JUDGED)}
                 | result["movement"]
                 | {"num_trained": result["facts"].get("num_trained"), "run_seconds": result["seconds"]["run"]}
@@ -40,8 +42,18 @@ def rows_of(plan: Plan) -> Rows:
     return rows
 
 
+def _of_sequence(plan: Plan, run: Run, result: Mapping[str, Any]) -> Rows:
+    """A row for every stage and task: the task's loss after the stage, of which stage 0 is the base."""
+    facts = {"key": plan.key(run.name), **run.facts, "run_seconds": result["seconds"]["run"]}
+    return [
+        {"row": f"{run.name}@{cell['after']}/{cell['task']}", **facts, "stage": int(cell["stage"])}
+        | {"after": cell["after"], "new_task": cell["task"], "new_test": float(cell["loss"])}
+        for cell in result["facts"]["matrix"]
+    ]
+
+
 def _several(names: Sequence[str]) -> Sequence[str]:
-    """Tasks that get columns of their own: of a sequence, or a merge."""
+    """Tasks that get columns of their own: those of a merge."""
     return names if len(names) > 2 else ()
 
 

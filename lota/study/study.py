@@ -121,6 +121,7 @@ def estimate(preset: Preset, run: Run) -> float:
         tokens = preset.base.steps * preset.base.batch_rows * preset.base.max_length
         return 6 * size * tokens / SPEED
     steps = run.options.get("max_steps", 0) + run.options.get("calibration_steps", 0)
+    steps *= len(run.options.get("tasks", [0]))
     tokens = 0.5 * length * steps * preset.batch_rows
     points = 0 if run.measure is None else len(run.measure.alphas) * len(run.measure.tasks)
     tokens += 0.5 * length * points * (preset.data.num_dev + preset.data.num_test) / 3

@@ -69,9 +69,7 @@ def in_sequence(preset: Preset, rows: Rows) -> str:
     summary = []
     for method in methods_of(rows, "q3"):
         seeds = sorted({int(row["seed"]) for row in rows if row["question"] == "q3" and row["method"] == method})
-        found = [made for seed in seeds if (made := sequence(rows, method, seed)) is not None]
-        if not found:
-            continue
+        found = [sequence(rows, method, seed) for seed in seeds]
         summary.append([method, *(_cell(interval([made[name] for made in found])) for name in ("gain", "forgetting"))])
         stages = matrix(rows, method, seeds[0])
         order = list(stages[0])
