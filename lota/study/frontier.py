@@ -84,8 +84,8 @@ def rise_at(points: Iterable[Point], level: float, beside: str | None = None) ->
 
 
 def levels(start: float, points: Iterable[Point], shares: Sequence[float]) -> list[float]:
-    """Test losses of the new task at which a share of what these points gain over the start is reached; the best point is
-    the one with the lowest dev loss."""
+    """Test losses of the new task at which a share of what these points gain over the start is reached; the best point
+    is the one with the lowest dev loss."""
     best = min(points, key=lambda point: point.new_dev).new
     return [start - share * (start - best) for share in shares]
 

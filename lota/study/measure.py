@@ -28,6 +28,7 @@ from lota.study import safety
 from lota.ticket import Ticket
 
 KL_ROWS = 48
+GENERAL_ROWS = 128
 Row = dict[str, Any]
 
 
@@ -98,7 +99,7 @@ def measure(
         model.to(torch.accelerator.current_accelerator())
     tokenizer = load_tokenizer(str(start))
     rows = {f"{task.name} {part}": read_jsonl(task / f"{part}.jsonl") for task in tasks for part in ("dev", "test")}
-    rows["general test"] = [{"prompt": "", "completion": row["text"]} for row in read_jsonl(general)]
+    rows["general test"] = [{"prompt": "", "completion": row["text"]} for row in read_jsonl(general)[:GENERAL_ROWS]]
     before = _start_scores(model, tokenizer, rows, starts, batch_rows)
     kept = list(_answer_logits(model, tokenizer, rows[f"{tasks[0].name} dev"][:KL_ROWS]))
     dial = None if outcome is None else Dial(model, outcome)

@@ -72,7 +72,7 @@ RATES: Rates = {
     "0.001": (3e-2, 1e-1, 3e-1),
 }
 
-CPU = Preset("cpu", BaseConfig(), DataConfig(max_length=64))
+CPU = Preset("cpu", BaseConfig(), DataConfig(max_length=64, num_test=192))
 TEXT = replace(
     CPU,
     base=BaseConfig(vocab_size=4096, max_length=192, batch_rows=11, steps=2500, learning_rate=1.5e-3),

@@ -29,11 +29,12 @@ from lota.study.presets import Preset
 from lota.study.rows import Rows
 from lota.study.runs import Measure, Run
 
-MAX_REPEATED = 2
 
-
-def swept(preset: Preset, rows: Rows, methods: Sequence[Method], scene: Callable[[int], Scene]) -> Iterator[Run]:
-    """Every method's sweep at the first seed; then at the others the settings that its frontier runs through there.
+def swept(
+    preset: Preset, rows: Rows, methods: Sequence[Method], scene: Callable[[int], Scene], most: int = 1
+) -> Iterator[Run]:
+    """Every method's sweep at the first seed; then at the others the settings that its frontier runs through there, at
+    most so many.
 
     The first method is the one whose gain the levels are shares of.
     """
@@ -48,7 +49,7 @@ def swept(preset: Preset, rows: Rows, methods: Sequence[Method], scene: Callable
     *reference, start = found[methods[0].name]
     wanted = levels(start.new_dev, [replace(point, new=point.new_dev) for point in reference], preset.levels)
     for method in methods:
-        again = best_settings(found[method.name], wanted, MAX_REPEATED)
+        again = best_settings(found[method.name], wanted, most)
         for seed in others:
             yield from runs_of(preset, scene(seed), method, again)
 
@@ -77,9 +78,8 @@ def q1(preset: Preset, rows: Rows) -> Iterator[Run]:
     steps = [count for count in (1, 10, 100) if count != preset.calibration_steps]
     variants += [_named(one, f"{number} calibration steps", calibration_steps=number) for number in steps]
     variants.append(_named(one, "counted", is_counted=True))
-    for seed in preset.seeds:
-        for method in variants:
-            yield from runs_of(preset, scene(task)(seed), method, [best])
+    for method in variants:
+        yield from runs_of(preset, scene(task)(preset.seeds[0]), method, [best])
 
 
 def _scored(preset: Preset, score: str) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _scored(preset: Preset, score: str) -> dict[str, Any]:
 
 def q2_methods(preset: Preset) -> list[Method]:
     """Two tasks in sequence."""
-    few = tuple(pull for pull in preset.pulls if pull >= 10)
+    few = preset.pulls[-2:-1] or preset.pulls
     full, whole = Method("full", "full", None, FULL), Method("full", "full", 1, WHOLE)
     one, three = Method("ticket 10%", "0.1", 0.1), Method("ticket 30%", "0.3", 0.3)
     made = [full, Method("LoRA r16", "lora", None, lora(16)), one, three]
@@ -129,12 +129,12 @@ def q2(preset: Preset, rows: Rows) -> Iterator[Run]:
     for seed in preset.seeds:
         yield from before(seed)
     methods = [method for method in q2_methods(preset) if not preset.methods or method.name in preset.methods]
-    yield from swept(preset, rows, methods, scene)
+    yield from swept(preset, rows, methods, scene, most=2)
 
 
 def q3(preset: Preset, rows: Rows) -> Iterator[Run]:
     """Five tasks in sequence: full fine-tuning, LoRA, tickets that share no entry, and those with the pull."""
-    for seed in preset.seeds:
+    for seed in preset.seeds[:1]:
         for method in ("full", "LoRA r16", "ticket 10%", "ticket 10%, pull"):
             rate = _rate(preset, method)
             common = training(preset, MODEL, preset.tasks.sequence[0], rate, seed, preset.steps)
