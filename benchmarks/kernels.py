@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.timing import machine, median, rounds, write_csv
 from lota.kernels import (
+    Pull,
     TileIndex,
     adamw_,
     exchange_,
@@ -30,6 +31,7 @@ from lota.kernels import (
     mask_op,
     padded_zeros,
     popcount,
+    pull_,
     rmsprop_,
     rounding_key,
     scatter_,
@@ -151,6 +153,10 @@ class Case:
         self.compact = padded_zeros(self.index)
         gather(self.weights, self.index, out=self._active(self.state[0]))
         gather(self.gradient, self.index, out=self._active(self.compact))
+        old, importance = (padded_zeros(self.index, torch.bfloat16) for _ in range(2))
+        gather(self.weights, self.index, out=self._active(old))
+        self._active(importance).uniform_(0, 2, generator=generator)
+        self.pull = Pull(old, importance, torch.full((), 1e-2, device=device))
         decay, root = 1 - LR * WEIGHT_DECAY, (1 - ADAMW["beta2"]) ** 0.5
         self.scalars = torch.tensor([1.0, decay, LR / (1 - ADAMW["beta1"]), root, 0.0], device=device)
         self.words = [
@@ -171,6 +177,8 @@ class Case:
                     adamw_(weights, gradient, self.index, *state, self.scalars, **ADAMW, compact=is_compact)
                 key = rounding_key(0, torch.ones((), device=self.device))
                 adamw_(weights, self.compact, self.index, *state, self.scalars, **ADAMW, rounding=key)
+                adamw_(weights, self.compact, self.index, *state, self.scalars, **ADAMW, pull=self.pull)
+                pull_(state[0], self.pull)
                 summed = gather_add_(self._active(self.compact.clone()), self.gradient, self.index)
                 exchange_(weights, self.index, values)
             results.append([weights, *state, values, summed])
@@ -190,6 +198,8 @@ class Case:
             "adamw_": partial(step, compact, **state),
             "adamw_, dense gradient": partial(step, gradient, **state, compact=False),
             "adamw_, stochastic rounding": partial(step, compact, **state, rounding=key),
+            "adamw_, pull": partial(step, compact, **state, pull=self.pull),
+            "pull_": partial(pull_, self.state[0], self.pull),
             "three launches": self.three_launches,
             "rmsprop_": partial(
                 rmsprop_, weights, compact, index, self.state[0], self.state[2], rms, alpha=0.99, eps=1e-8
@@ -241,6 +251,8 @@ class Case:
             "adamw_": active * (4 + 24) + index + 2 * lines,
             "adamw_, dense gradient": active * 24 + index + 3 * lines,
             "adamw_, stochastic rounding": active * (4 + 24) + index + 2 * lines,
+            "adamw_, pull": active * (4 + 24 + 4) + index + 2 * lines,
+            "pull_": active * (8 + 4),
             "rmsprop_": active * (4 + 16) + index + 2 * lines,
             "gather": active * 4 + index + lines,
             "gather_add_": active * 8 + index + lines,
@@ -260,12 +272,15 @@ def _show(row: dict[str, Any]) -> None:
 
 
 def _show_summary(rows: list[dict[str, Any]]) -> None:
-    print("\nOne optimizer step, of torch's dense fused AdamW (fastest, and median, of the rounds)")
+    print("\nOne optimizer step, of torch's dense fused AdamW (fastest, and median, of the rounds), and of adamw_")
+    plain = {(row["numel"], row["density"]): row["min_ms"] for row in rows if row["operation"] == "adamw_"}
     for row in rows:
         if row["operation"].startswith(("adamw_", "three", "dense deepspeed")):
+            base = plain.get((row["numel"], row["density"]))
             print(
                 f"  {row['numel']:>11} weights {row['density']:>6.1%}  {row['operation']:<28}{row['min_ms']:>9.2f} ms"
                 f"{row['of_dense_fused']:>8.3f}{row['median_of_dense_fused']:>8.3f}"
+                + (f"{row['min_ms'] / base:>8.3f}" if base else "")
             )
 
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))  # the checkout that this file belongs to
 from lota.data.options import DataArguments, Source, SourceArguments  # noqa: E402
 from lota.evaluate.arguments import EvaluateArguments  # noqa: E402
 from lota.run.arguments import LotaArguments  # noqa: E402
+from lota.sequence.arguments import SequenceArguments  # noqa: E402
 
 PAGE = ROOT / "docs" / "options.md"
 HEAD = """# Options
@@ -32,6 +33,7 @@ SECTIONS = (
     ("The base model", SourceArguments, DataArguments),
     ("One data set", Source, None),
     ("Mixtures and evaluation rows", DataArguments, Source),
+    ("`lota sequence`, beside those of `lota train` for every task", SequenceArguments, None),
     ("`lota evaluate`, beside the base and the data", EvaluateArguments, SourceArguments),
 )
 

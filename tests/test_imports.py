@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"run", "architecture", "data", "delivery", "ticket", "ranks", "files", "messages"},
     "sequence": {
         *("train", "evaluate", "run", "algebra", "choices", "data", "delivery", "ticket", "ranks", "files", "messages"),
-        "progress",
+        *("progress", "retention"),
     },
     "demo": {"evaluate", "data", "delivery", "packaged", "ticket"},
     "study": {

@@ -64,7 +64,10 @@ def test_the_wheel_holds_all_that_runs_and_nothing_else(site: Path) -> None:
 
 
 def test_every_command_explains_itself_away_from_the_checkout(site: Path, tmp_path: Path) -> None:
-    for command in ("train", "dpo", "calibrate", "evaluate", "demo", "plan", "config", "report", "inspect", "apply"):
+    for command in (
+        *("train", "dpo", "calibrate", "sequence", "evaluate", "demo", "plan", "config", "report", "inspect", "apply"),
+        *("ledger", "matrix"),
+    ):
         done = run(site, tmp_path, command, "--help", code=CORE_ALONE)
         assert "examples:" in done.stdout, (command, done.stderr)
     done = run(site, tmp_path, "--version")

@@ -20,6 +20,8 @@ from lota.kernels.backend import backend, backend_name
 
 DENSITIES = (0.1, 0.01, 0.001)
 AIM = 0.8
+CHECKED = "step, stochastic rounding, pull, gather_add_ and exchange_"
+OURS = ("adamw_", "adamw_, pull", "three launches", "exchange_")
 FUSED, FOREACH = "dense torch.optim.AdamW(fused)", "dense torch.optim.AdamW(foreach)"
 # (entries of a program, warps); the usual one comes first.
 LAUNCH_SHAPES = ((1024, 4), (1024, 2), (1024, 8), (512, 1), (512, 2), (512, 4), (256, 1), (256, 2))
@@ -39,9 +41,9 @@ def run(bench: Bench) -> None:
 def _measure(bench: Bench, name: str, numel: int, density: float, rivals: dict[str, Callable[[], Any]]) -> None:
     case = Case(numel, density, bench.device.torch)
     case.check()
-    bench.check(f"{name}: the bits are plain torch's", True, "step, stochastic rounding, gather_add_ and exchange_")
+    bench.check(f"{name}: the bits are plain torch's", True, CHECKED)
     source = torch.ones(bench.sizes.copied_bytes // 4, device=bench.device.torch)
-    ours = {key: call for key, call in case.calls().items() if key in ("adamw_", "three launches", "exchange_")}
+    ours = {key: call for key, call in case.calls().items() if key in OURS}
     shapes = _launch_shapes(bench, name, case)
     copy = partial(torch.empty_like(source).copy_, source)
     working = {key: call for key, call in rivals.items() if bench.works(f"{name}: {key}", call)}
@@ -55,6 +57,9 @@ def _measure(bench: Bench, name: str, numel: int, density: float, rivals: dict[s
     bench.figure(f"{name}: copy", bandwidth / 1e9, "GB/s")
     bench.figure(f"{name}: step", step * 1e3, "ms", beside=f"floor {floor * 1e3:.4g} ms")
     bench.figure(f"{name}: step, share of the floor", floor / step, "", at_least=AIM)
+    pulled = typical["adamw_, pull"]
+    share = case.floor_bytes("adamw_, pull") / bandwidth / pulled
+    bench.figure(f"{name}: step with a pull, of the step", pulled / step, "", beside=f"{share:.3f} of its floor")
     exchange = case.floor_bytes("exchange_") / bandwidth / typical["exchange_"]
     bench.figure(f"{name}: exchange, share of the floor", exchange, "", beside=f"{typical['exchange_'] * 1e3:.4g} ms")
     for rival in (key for key in (FUSED, FOREACH, "three launches") if key in typical):

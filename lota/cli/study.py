@@ -37,6 +37,7 @@ lota study paper --plan""",
     parser.add_argument("--out", type=Path, help="folder of the study (runs/study-PRESET)")
     parser.add_argument("--data", type=Path, help="real text: a folder of .jsonl files, or a YAML file that names them")
     parser.add_argument("--questions", nargs="+", metavar="Q", help="some of q1 to q5, overlap (all of the preset's)")
+    parser.add_argument("--methods", nargs="+", metavar="M", help="some of question 2's: full, 'ticket 10%%', ...")
     parser.add_argument("--workers", type=int, help="runs side by side, one core each (the cores; 1 with a GPU)")
     parser.add_argument("--minutes", type=float, help="stop after so long, with status 75; the same command resumes")
     parser.add_argument("--plan", action="store_true", help="print the runs and an estimate, and do nothing")
@@ -48,7 +49,9 @@ def run(args: argparse.Namespace) -> int | None:
 
     import torch
 
+    from lota.messages import did_you_mean
     from lota.study.presets import chosen
+    from lota.study.questions import q2_methods
     from lota.study.study import Place, TimeIsOver, recompute, show_plan, study
 
     if args.preset == "paper":
@@ -64,6 +67,12 @@ def run(args: argparse.Namespace) -> int | None:
         if unknown:
             raise ValueError(f"--questions: {args.preset} has {', '.join(preset.questions)}, got {', '.join(unknown)}")
         preset = replace(preset, questions=tuple(args.questions))
+    if args.methods:
+        known = [method.name for method in q2_methods(preset)]
+        for name in args.methods:
+            if name not in known:
+                raise ValueError(f"--methods: one of {', '.join(known)}, got {name!r}" + did_you_mean(name, known))
+        preset = replace(preset, methods=tuple(args.methods))
     has_gpu = torch.accelerator.is_available()
     workers = args.workers or (1 if has_gpu else os.cpu_count() or 1)
     if workers < 1:

@@ -43,7 +43,7 @@ class Ended:
         who = f"rank {self.rank} ({self.where})"
         if self.reason:
             return f"{who} failed: {self.reason}"
-        return f"{who} ended without a word (killed, out of memory, or its host is gone)"
+        return f"{who} ended without an error message (killed, out of memory, or its host is gone)"
 
 
 @dataclass

@@ -77,12 +77,12 @@ class LotaArguments(SourceArguments):
     protect_from: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "base, tuned, density: protects the share of entries that tuned (the model to train) moved most."
+            "help": "base, tuned, density: protect the share of entries that tuned (the model to train) moved most."
         },
     )
     keep_ranking: bool = field(
         default=False,
-        metadata={"help": "Writes ranking/, out of which lota mask --ranking cuts masks of lower densities."},
+        metadata={"help": "Write ranking/, from which lota mask --ranking cuts masks of lower densities."},
     )
     include: list[str] | None = field(
         default=None,
@@ -90,7 +90,7 @@ class LotaArguments(SourceArguments):
     )
     exclude: list[str] | None = field(default=None, metadata={"help": "Patterns of tensor names to leave out."})
     dense: list[str] | None = field(
-        default=None, metadata={"help": "Patterns of tensors, or rows name[a:b], to train and store whole besides."}
+        default=None, metadata={"help": "Patterns of tensors, or rows name[a:b], to also train and store whole."}
     )
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Rows a step over all ranks; gradient_accumulation_steps follows from it."}

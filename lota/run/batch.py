@@ -27,10 +27,8 @@ class Batch:
         return self.micro * self.accumulation * self.ranks
 
     def __str__(self) -> str:
-        return (
-            f"{self.rows} rows a step ({self.micro} a micro batch x {self.accumulation} micro steps x {self.ranks} "
-            "ranks)"
-        )
+        ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
+        return f"{self.rows} rows a step ({self.micro} a micro batch x {self.accumulation} micro steps x {ranks})"
 
     def cure(self, rows: int) -> str:
         """What to give on these ranks so that a step has `rows` rows."""

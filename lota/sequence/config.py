@@ -40,7 +40,7 @@ _DENSE = (
 @dataclass(frozen=True)
 class Task:
     """One task. options: of `lota train`, those of all tasks included. pull: the option of that name, where it is
-    given; it goes to the run only where there is something to be pulled to."""
+    given (0: none); it goes to the run only where there is something to be pulled to."""
 
     name: str
     options: Options
@@ -51,7 +51,7 @@ class Task:
     @property
     def keeps_old(self) -> bool:
         """Whether the run is pulled to what earlier tasks need."""
-        return self.pull is not None and self.retain_earlier
+        return bool(self.pull) and self.retain_earlier
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,11 @@ def _task(name: str, options: Options, flags: Options) -> Task:
     for option, reason in _SET_HERE.items():
         if options.get(option):
             raise ValueError(f"task {name}: {option} would be overwritten: {reason}. Remove it")
+    if options.get("ticket_form") == "packed":
+        raise ValueError(
+            f"task {name}: ticket_form: packed would be read beside its whole base, and later tasks begin on it: leave "
+            "it out, and pack tickets afterwards (lota pack)"
+        )
     if options.get("dense"):
         raise ValueError(f"task {name}: {_DENSE}. Remove it")
     options = dict(options)
@@ -223,10 +228,8 @@ def _task(name: str, options: Options, flags: Options) -> Task:
     number = _number(pull)
     if pull is not None and (number is None or number < 0):
         raise ValueError(f"task {name}: pull must be a number above 0 (or 0 for none), got {pull!r}")
-    return Task(
-        name, options, _flag("disjoint", flags["disjoint"]), _flag("retain_earlier", flags["retain_earlier"]),
-        number or None,
-    )  # fmt: skip
+    disjoint, retain_earlier = (_flag(key, flags[key]) for key in OF_A_TASK)
+    return Task(name, options, disjoint, retain_earlier, number)
 
 
 def _check_name(name: Any, number: int, before: Sequence[str]) -> str:

@@ -53,13 +53,12 @@ def _remove(state: State, folder: Path, name: str) -> None:
     if later:
         raise ValueError(
             f"{name} cannot be removed exactly: {later[0]}, trained later, shares entries with earlier tasks, so its "
-            f"ticket is for a base with those on it. With overlapping masks only the last task can be removed "
-            f"({tasks[-1].name})"
+            f"ticket is for a base with those on it. Remove {later[-1]} first"
         )
     paths = books.ticket_paths(state, folder)
     del paths[name]
     before = {path: _digest(path) for path in paths.values()}
-    print_once(_proved(state, list(paths.values())))
+    print_once(_proved(state, list(paths.values()), any(task.num_shared for task in tasks if task.name != name)))
     tasks[number].is_removed = True
     state.stages.append(Stage(f"without {name}", "", tuple(paths)))
     books.begin_again(folder)
@@ -78,10 +77,10 @@ def _remove(state: State, folder: Path, name: str) -> None:
         print_once(f"its scores: lota sequence {folder}")
 
 
-def _proved(state: State, paths: Sequence[Path]) -> str:
+def _proved(state: State, paths: Sequence[Path], is_overlapping: bool) -> str:
     """What was proved of the tickets that stay, after reading all of them; ValueError where one is not sound."""
     tickets = [Ticket.load(path) for path in paths]
-    if any(task.num_shared for task in state.on_model):
+    if is_overlapping:
         for ticket in tickets:
             ticket.verify()
         return f"the files of the {len(tickets)} other tickets are sound"

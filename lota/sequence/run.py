@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
 from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -24,6 +25,7 @@ from lota.ranks.agree import check_output_dir, check_same, checked_together, fro
 from lota.ranks.process import begun, watch_ranks
 from lota.ranks.stop import leave_if_asked, listening
 from lota.ranks.world import join_world, print_once, rank
+from lota.retention.importance import FILE_NAME
 from lota.run import resume_checks
 from lota.run.folder import versions
 from lota.sequence import books, matrix
@@ -97,6 +99,7 @@ def _open(argv: Sequence[str], closing: ExitStack) -> _Run:
         if found is not None:
             config = _without_removed(config, found)
             _check_order(config.tasks, found, folder)
+            _check_importance(config.tasks, found, folder)
         complete = [] if found is None else [task.name for task in found.tasks if task.is_complete]
         try:
             base, prepared = prepare(config, complete)
@@ -147,6 +150,18 @@ def _check_order(tasks: Sequence[Task], state: State, folder: Path) -> None:
         else "put them in that order: tasks are added at the end"
     )
     raise ValueError(f"{folder} has trained {', '.join(trained)}, and the tasks are {', '.join(names)}; {cure}")
+
+
+def _check_importance(tasks: Sequence[Task], state: State, folder: Path) -> None:
+    """ValueError where a task that is still to come is pulled to what an earlier one needs, and that was not kept."""
+    complete = state.on_model
+    coming = [task for task in tasks if task.keeps_old and task.name not in [each.name for each in complete]]
+    lacking = [task.name for task in complete if not (folder / task.folder / "ticket" / FILE_NAME).is_file()]
+    if coming and lacking:
+        raise ValueError(
+            f"task {coming[0].name} has a pull to what {lacking[0]} needs, which was not kept when it was trained "
+            "without one: set retain_earlier: false for it and name what is to be kept, retain: [{train_file: FILE}]"
+        )
 
 
 def _check_same_sequence(
@@ -250,14 +265,18 @@ def stage_options(config: SequenceConfig, task: Task, state: State, folder: Path
         options["overlap"] = True
     if any(each.keeps_old for each in config.tasks):
         options["keep_importance"] = True
-    retain = [*_listed(options.get("retain")), *(tickets if task.keeps_old else [])]
-    if task.pull is not None and retain:
-        options |= {"retain": retain, "pull": task.pull}
+    retain = [*_listed(options.pop("retain", None)), *(tickets if task.keeps_old else [])]
+    if retain and task.pull != 0:
+        options["retain"] = retain
+        if task.pull is not None:
+            options["pull"] = task.pull
     return options
 
 
 def _listed(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+    """The items of an option that YAML, or text of it, gives as one item or a list."""
+    value = yaml.safe_load(value) if isinstance(value, str) else value
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _score(run: _Run) -> None:

@@ -136,7 +136,8 @@ def load_data(job: Job) -> None:
     job.summary |= {"method": options.method, "model": options.model, "world_size": world_size()}
     for note in notes:
         print_once(note)
-    print_once(f"{options.method} on {options.model}, {world_size()} ranks, weights in {training_dtype(config)}")
+    ranks = "1 rank" if world_size() == 1 else f"{world_size()} ranks"
+    print_once(f"{options.method} on {options.model}, {ranks}, weights in {training_dtype(config)}")
 
 
 def _check_rows(job: Job) -> list[str]:

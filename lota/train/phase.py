@@ -308,7 +308,8 @@ def batch_arithmetic(config: Config, train: Dataset) -> str:
     """How many rows make a step, and how many steps there are."""
     batch = Batch.of(config, world_size())
     length = len(train)
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(length / batch.rows * config.num_train_epochs)
+    of_epoch = length // batch.rows if config.dataloader_drop_last else math.ceil(length / batch.rows)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(of_epoch * config.num_train_epochs)
     num_trained = trained_tokens.num_trained_tokens(train, config.max_length)
     rest = length % batch.rows
     return (

@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 
-from lota.sequence.checks import prepare
+from lota.data.options import plan_data
+from lota.evaluate.rows import has_rows
+from lota.sequence.checks import parse_task, prepare
 from lota.sequence.config import SequenceConfig, folder_named, read
 from lota.ticket import Mask
 from tests.sequence import tasks
@@ -101,7 +103,7 @@ def test_the_pull_of_a_task(world: Path, tmp_path: Path) -> None:
     """It is no option of the rivals, and 0 is none."""
     entries = [tasks.task(world, "copy"), tasks.task(world, "sort", pull=3), tasks.task(world, "shift", pull=0)]
     found = read_file(world, tmp_path, entries, pull="1e1").tasks
-    assert [task.pull for task in found] == [10, 3, None] and [task.keeps_old for task in found] == [True, True, False]
+    assert [task.pull for task in found] == [10, 3, 0] and [task.keeps_old for task in found] == [True, True, False]
     assert not any("pull" in task.options for task in found)
     alone = read_file(world, tmp_path, entries, "--retain_earlier", "false", pull=10).tasks
     assert not any(task.keeps_old for task in alone) and alone[0].pull == 10
@@ -151,6 +153,30 @@ def test_every_task_is_looked_at_before_the_first_is_trained(world: Path, tmp_pa
     (task,) = found
     assert len(task.rows) == 5 and task.dtype == "float32" and task.batch_rows == 22
     assert task.options["density"] == 0.15 and not (tmp_path / "out").exists()
+
+
+CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"
+
+
+@pytest.mark.parametrize("name", ["sequence_small", "sequence_llama31_8b"])
+def test_the_configurations_that_come_along_are_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tasks are parsed and checked as runs are, and no option of them is left unused."""
+    monkeypatch.chdir(CONFIGS.parents[1])
+    words = ["--output_dir", "runs/new", "--model_name_or_path", "runs/small"]
+    found = read([str(CONFIGS / f"{name}.yaml"), *(words if name == "sequence_small" else words[:2])])
+    for task in found.tasks:
+        args, config, options = parse_task(found, task)
+        assert options.notes == () and options.calibration is not None and options.calibration.density <= 0.15
+        assert has_rows(args) and plan_data(args).parts
+        if name == "sequence_llama31_8b":
+            assert config.per_device_train_batch_size * config.gradient_accumulation_steps * 8 == 32
+
+
+def test_the_large_ones_tasks_are_those_of_the_single_files() -> None:
+    found = read([str(CONFIGS / "sequence_llama31_8b.yaml"), "--output_dir", "runs/new"])
+    for task in found.tasks:
+        single = yaml.safe_load((CONFIGS / f"llama31_8b_{task.name}.yaml").read_text(encoding="utf-8"))
+        assert task.options == single, task.name
 
 
 def test_an_option_that_a_method_does_not_use_is_refused_on_the_command_line_and_left_out_of_a_file(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from lota.files import only_writer
@@ -201,6 +202,42 @@ def test_the_rivals_train_the_same_tasks_in_sequence(ranks, world: Path, tmp_pat
     }
 
 
+def test_overlapping_by_choice_and_with_a_pull(ranks, world: Path, tmp_path: Path) -> None:
+    """A second task may overwrite the first one's entries, a third may not; both are pulled to what the earlier ones
+    need. Every stage is scored as the model that it trained."""
+    out, pool = tmp_path / "out", ranks(2)
+    entries = [
+        tasks.task(world, "copy"),
+        tasks.task(world, "sort", disjoint=False),
+        tasks.task(world, "shift", pull=30),
+    ]
+    made = tasks.content(world, entries, pull=10, importance_batches=2, max_steps=4)
+    path = tasks.write(tmp_path / "tasks.yaml", made)
+    run(pool, path, "--output_dir", str(out))
+    state = read_state(out)
+    first, second, third = (Ticket.load(out / task.folder / "ticket") for task in state.tasks)
+    assert first.mask.overlap(second.mask) == state.tasks[1].num_shared > 0
+    assert third.mask.overlap(first.mask) == third.mask.overlap(second.mask) == state.tasks[2].num_shared == 0
+    told = json.loads((out / "ledger.json").read_text(encoding="utf-8"))
+    assert told["eligible"] == told["free"] + sum(task["num_owned"] for task in told["tasks"])
+    assert told["tasks"][0]["num_owned"] == first.num_active - state.tasks[1].num_shared
+    for number, (task, asked) in enumerate(zip(state.tasks, (None, 10, 30))):
+        training = jobs.summary(out / task.folder)["training"]
+        before, after = state.stages[number].scores[task.name], state.stages[number + 1].scores[task.name]
+        assert before["loss"] == pytest.approx(training["eval_loss_before"], rel=1e-5)
+        assert after["loss"] == pytest.approx(training["eval_loss"], rel=1e-5)
+        assert training["report"].get("pull", {}).get("asked") == asked
+        options = yaml.safe_load((out / task.folder / "config.yaml").read_text(encoding="utf-8"))
+        earlier = [str(out / other.folder / "ticket") for other in state.tasks[:number]]
+        assert options.get("retain") == options.get("tickets") == (earlier or None)
+        assert (out / task.folder / "ticket" / "importance.safetensors").is_file()
+
+    (out / "01-copy" / "ticket" / "importance.safetensors").unlink()
+    more = tasks.write(tmp_path / "more.yaml", made | {"tasks": [*entries, tasks.task(world, "rotate")]})
+    line = errors(pool, more, "--output_dir", str(out))
+    assert "task rotate has a pull to what copy needs, which was not kept" in line
+
+
 def test_the_options_of_a_later_stage(world: Path, tmp_path: Path) -> None:
     """What a sequence adds to the options of a task: only what it needs."""
     folder = tmp_path / "out"
@@ -229,6 +266,13 @@ def test_the_options_of_a_later_stage(world: Path, tmp_path: Path) -> None:
         options({"mask": str(tickets[1])})
     assert "overlap" not in options({"mask": str(tmp_path / "mine")})
     assert options({"mask": str(tickets[1]), "disjoint": False})["tickets"] == earlier
+
+    pulled = options({"retain": "[general]"}, pull=3)
+    assert pulled["retain"] == ["general", *earlier] and pulled["pull"] == 3 and pulled["keep_importance"] is True
+    assert options({"retain": "general"})["retain"] == ["general"], "a pull of the run's own"
+    alone = options({"pull": 0, "retain": ["general"]}, pull=3)
+    assert not {"pull", "retain"} & alone.keys() and alone["keep_importance"] is True
+    assert not {"pull", "retain", "keep_importance"} & options({}, pull=3, retain_earlier=False).keys()
 
     state.tasks[0].is_removed = True
     assert options({})["tickets"] == earlier[1:]

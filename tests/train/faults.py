@@ -33,7 +33,7 @@ class Job:
 
     def says_that_ended(self, rank: int) -> bool:
         """Whether a line tells of the rank and of the way to go on, and no traceback of its consequences."""
-        line = rf"\[lota\] rank {rank} \(process \d+ on \S+\) ended without a word.*--resume_from_checkpoint true"
+        line = rf"\[lota\] rank {rank} \(process \d+ on \S+\) ended without an error.*--resume_from_checkpoint true"
         return re.search(line, self.text()) is not None and "Traceback" not in self.text()
 
     def is_over(self) -> bool:

@@ -31,7 +31,7 @@ OPTIONS = (
     *("--save_total_limit", "2", "--logging_steps", "1", "--merged", "false"),
 )
 FILES = ("ticket/ticket.safetensors", "ticket/ticket.json", "mask/ticket.safetensors")
-LINES = ("ended without a word", "exits with return code", "exitcode  : -9")
+LINES = ("ended without an error message", "exits with return code", "exitcode  : -9")
 
 
 @dataclass

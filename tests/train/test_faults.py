@@ -57,7 +57,7 @@ def run_script(what: str, failing: int, others: str) -> list[tuple[int, str]]:
     [
         ("raise ValueError('wrong here')", 2, "waits", 2, r"failed: wrong here. This job ends. Do this."),
         ("raise KeyError('gone')", 1, "computes", 1, "failed: KeyError: 'gone'. This job ends. Do this."),
-        ("os.kill(os.getpid(), 9)", 0, "waits", -9, "ended without a word"),
+        ("os.kill(os.getpid(), 9)", 0, "waits", -9, "ended without an error message"),
     ],
 )
 def test_one_rank_alone(what: str, failing: int, others: str, status: int, line: str) -> None:
