@@ -24,7 +24,7 @@ def join_world_of_one(device: Device) -> None:
     if dist.is_initialized():
         return
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     leave_out_shared_memory()
     deepspeed.init_distributed(device.backend, verbose=False)
     atexit.register(_leave)
@@ -51,7 +51,8 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -57,6 +57,8 @@ def _measure(bench: Bench, name: str, numel: int, density: float, rivals: dict[s
     bench.figure(f"{name}: copy", bandwidth / 1e9, "GB/s")
     bench.figure(f"{name}: step", step * 1e3, "ms", beside=f"floor {floor * 1e3:.4g} ms")
     bench.figure(f"{name}: step, share of the floor", floor / step, "", at_least=AIM)
+    hosts = [bench.device.host_seconds(ours["adamw_"])[0] for _ in range(bench.sizes.rounds)]
+    bench.figure(f"{name}: step, until the call returns", median(hosts) * 1e3, "ms")
     pulled = typical["adamw_, pull"]
     share = case.floor_bytes("adamw_, pull") / bandwidth / pulled
     bench.figure(f"{name}: step with a pull, of the step", pulled / step, "", beside=f"{share:.3f} of its floor")

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import lota
 from benchmarks.gpu import engines
 from benchmarks.gpu.bench import Bench
-from tests.zero import cases
+from tests.zero import cases, test_importance, test_pull
 
 STEPS, STOP, DENSITY = 6, 3, 0.1
 
@@ -30,6 +30,8 @@ def run(bench: Bench) -> None:
     parts: list[tuple[str, Callable[[], None]]] = [
         ("sparse against a dense reference", lambda: equals_reference(bench)),
         ("gradient scores against autograd", lambda: equals_autograd(bench)),
+        ("importance against one process", lambda: importance_equals_autograd(bench)),
+        ("pulled against a dense reference", lambda: pulled_equals_replay(bench)),
         ("sparse, resumed", lambda: resumed(bench, "sparse", lambda: lota.sparse_zero3(mask))),
         ("gradient, resumed", lambda: resumed(bench, "gradient", lambda: calibration(score="gradient"))),
         ("task_vector, resumed", lambda: resumed(bench, "task_vector", lambda: calibration(score="task_vector"))),
@@ -91,6 +93,46 @@ def equals_autograd(bench: Bench) -> None:
     bench.check("gradient scores against autograd", below == 0, f"{below} chosen entries have lower scores, expected 0")
 
 
+def importance_equals_autograd(bench: Bench) -> None:
+    """Squared fp32 gradients of the device's engine, beside those of plain autograd on the CPU."""
+    mask = lota.Mask.from_dense(cases.make_masks())
+    with lota.importance_zero3(include=["blocks*"], mask=mask) as run:
+        engine = _engine(bench, torch.float32)
+        for number in range(test_importance.MICRO_BATCHES):
+            x, flags, target = (tensor.to(bench.device.torch) for tensor in test_importance.micro_batch(number))
+            engine.backward(F.cross_entropy(engine(x, flags), target))
+            engine.step()
+        found = run.importance({"data": "made up"})
+        engine.destroy()
+    expected = test_importance.of_one_process(cases.make_masks())
+    sizes = {name: cases.make_model().get_parameter(name).numel() for name in found.names}
+    every = {name: torch.arange(size, dtype=torch.int64) for name, size in sizes.items()}
+    mean = sum(float(expected.at(name, every[name]).double().sum()) for name in sizes) / sum(sizes.values())
+    pairs = [(found.at(name, every[name]), expected.at(name, every[name]) / mean) for name in sizes]
+    pairs += [(found.at_active(mask, name), expected.at_active(mask, name) / mean) for name in mask.names]
+    worst = max(float(((one - other).abs() / (other.abs() + 1e-3)).max()) for one, other in pairs)
+    detail = f"largest relative difference {worst:.1e}, expected < 2e-2 (two roundings to bf16)"
+    bench.check("importance against one process", worst < 2e-2, detail)
+
+
+def pulled_equals_replay(bench: Bench) -> None:
+    """The pull in the fused step, against AdamW and a proximal step in float64 that share no code with it."""
+    masks, importance, steps = cases.make_masks(), test_pull.make_importance(), test_pull.STEPS
+    mask = lota.Mask.from_dense(masks)
+    with lota.sparse_zero3(mask, retain=[importance], pull=test_pull.PULL, num_steps=steps) as run:
+        engine = _engine(bench, torch.float32, schedule=test_pull.schedule)
+        _train(bench, engine, 1, steps)
+        after = {name: weight.cpu() for name, weight in cases.gathered(engine.module).items()}
+        (reached,) = run.report()["pull"]["reached"]
+        engine.destroy()
+    run.release()
+    expected = test_pull.replay(masks, importance, test_pull.PULL)
+    worst = max(float((after[n].double() - w).abs().max() / w.abs().max()) for n, w in expected.items())
+    detail = f"largest difference {worst:.1e} of a tensor's largest weight, expected < 1e-5"
+    bench.check("pulled against a dense reference", worst < 1e-5, detail)
+    bench.check("the pull", abs(reached / test_pull.PULL - 1) < 1e-6, f"{reached}, expected {test_pull.PULL}")
+
+
 def resumed(bench: Bench, name: str, block: Callable[[], AbstractContextManager[Any]]) -> None:
     """A run that stops at a checkpoint and resumes from it ends with the bits of one that never stopped."""
     with tempfile.TemporaryDirectory() as folder:
@@ -122,12 +164,14 @@ def _run(
     return at_end, at_stop
 
 
-def _engine(bench: Bench, dtype: torch.dtype, **overrides: Any) -> Any:
+def _engine(bench: Bench, dtype: torch.dtype, schedule: Callable[..., Any] | None = None, **overrides: Any) -> Any:
     import deepspeed
 
     model = cases.make_model(dtype).to(bench.device.torch)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **cases.SETTINGS)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=cases.config(1, 1, **overrides))
+    scheduler = None if schedule is None else schedule(optimizer)
+    config = cases.config(1, 1, **overrides)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     return engine
 
 

@@ -14,7 +14,7 @@ from tests.zero import cases
 MICRO_BATCHES = 8
 
 
-def _micro_batch(number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def micro_batch(number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     ((x, flags, target),) = cases.micro_batches(number + 1, 1)
     return x, flags, target
 
@@ -34,7 +34,7 @@ def _on_ranks(masks, options):
             config=cases.config(accumulation, world, **options.get("config", {})),
         )
         for number in range(rank, MICRO_BATCHES, world):
-            x, flags, target = _micro_batch(number)
+            x, flags, target = micro_batch(number)
             logits = engine(x.to(next(iter(before.values())).dtype), flags)
             engine.backward(F.cross_entropy(logits.float(), target))
             engine.step()
@@ -45,14 +45,14 @@ def _on_ranks(masks, options):
     return {"importance": importance, "unmoved": unmoved}
 
 
-def _expected(masks) -> Importance:
+def of_one_process(masks) -> Importance:
     """On one process, by torch.autograd alone."""
     model = cases.make_model()
     parameters = {n: p for n, p in model.named_parameters() if n.startswith("blocks")}
     sums = {name: SquareSums(tuple(p.shape), torch.device("cpu")) for name, p in parameters.items()}
     exact = ExactSums(lota.Mask.from_dense(masks), {})
     for number in range(MICRO_BATCHES):
-        x, flags, target = _micro_batch(number)
+        x, flags, target = micro_batch(number)
         loss = F.cross_entropy(model(x, flags), target)
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
@@ -74,7 +74,7 @@ def _expected(masks) -> Importance:
 )
 def test_equals_one_process(ranks, world, options):
     masks = cases.make_masks()
-    expected = _expected(masks)
+    expected = of_one_process(masks)
     results = ranks(world).run(_on_ranks, masks, options)
     mask = lota.Mask.from_dense(masks)
     for result in results:

@@ -16,7 +16,7 @@ from tests.zero import cases
 STEPS, PULL = 8, 20.0
 
 
-def _importance(seed: int = 5) -> Importance:
+def make_importance(seed: int = 5) -> Importance:
     """Of the matrices of the blocks; nothing in common with gradients."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {n: tuple(p.shape) for n, p in cases.make_model().named_parameters() if n in cases.make_masks()}
@@ -27,7 +27,7 @@ def _importance(seed: int = 5) -> Importance:
     return Importance(shapes, rows, columns)
 
 
-def _schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
 
@@ -48,7 +48,7 @@ def _run(masks, steps: int, stop: int, folder: str, options: dict[str, Any]) -> 
             engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
-                lr_scheduler=_schedule(optimizer),
+                lr_scheduler=schedule(optimizer),
                 config=cases.config(1, world, **overrides),
             )
             if first:
@@ -67,7 +67,7 @@ def _run(masks, steps: int, stop: int, folder: str, options: dict[str, Any]) -> 
     return {"after": after, "report": report, "vectors": vectors}
 
 
-def _replay(masks, importance: Importance, pull: float) -> dict[str, torch.Tensor]:
+def replay(masks, importance: Importance, pull: float) -> dict[str, torch.Tensor]:
     """Dense, float64, one process: an AdamW step, then the proximal step."""
     model = cases.make_model().double()
     parameters = {name: param for name, param in model.named_parameters() if name in masks}
@@ -112,8 +112,8 @@ def _replay(masks, importance: Importance, pull: float) -> dict[str, torch.Tenso
     ],
 )
 def test_equals_the_dense_replay(ranks, world, options):
-    masks, importance = cases.make_masks(), _importance()
-    expected, without = _replay(masks, importance, PULL), _replay(masks, importance, 0.0)
+    masks, importance = cases.make_masks(), make_importance()
+    expected, without = replay(masks, importance, PULL), replay(masks, importance, 0.0)
     results = ranks(world).run(_run, masks, STEPS, 0, "", {"retain": [importance], "pull": PULL, **options})
     for result in results:
         for name, weight in expected.items():
@@ -129,7 +129,8 @@ def test_equals_the_dense_replay(ranks, world, options):
 
 def test_frozen_entries_keep_their_bits_and_the_ticket_is_of_the_base(ranks):
     masks = cases.make_masks()
-    options = {"retain": [_importance()], "pull": PULL, "dtype": torch.bfloat16, "config": {"bf16": {"enabled": True}}}
+    options = {"retain": [make_importance()], "pull": PULL, "dtype": torch.bfloat16}
+    options["config"] = {"bf16": {"enabled": True}}
     before = cases.make_model(torch.bfloat16)
     for result in ranks(2).run(_run, masks, STEPS, 0, "", options):
         for name, after in result["after"].items():
@@ -138,7 +139,7 @@ def test_frozen_entries_keep_their_bits_and_the_ticket_is_of_the_base(ranks):
 
 
 def test_several_tasks_pull_as_their_sum(ranks):
-    masks, one, two = cases.make_masks(), _importance(5), _importance(6)
+    masks, one, two = cases.make_masks(), make_importance(5), make_importance(6)
     both = ranks(1).run(_run, masks, STEPS, 0, "", {"retain": [one, two], "pull": PULL})[0]
     total = {name: one._rows[name] + two._rows[name] for name in one.names}  # not factored: compare with one of them
     assert total.keys() == both["after"].keys() & masks.keys()
@@ -162,7 +163,7 @@ def _nadam(model):
 @pytest.mark.parametrize("make", [cases.default_optimizer, _rmsprop, _nadam])
 @pytest.mark.parametrize("world", [1, 2])
 def test_resumed_equals_uninterrupted(ranks, tmp_path, make, world):
-    masks, options = cases.make_masks(), {"retain": [_importance()], "pull": PULL, "make_optimizer": make}
+    masks, options = cases.make_masks(), {"retain": [make_importance()], "pull": PULL, "make_optimizer": make}
     straight = ranks(world).run(_run, masks, STEPS, 0, "", options)
     resumed = ranks(world).run(_run, masks, STEPS, 3, str(tmp_path), options)
     for one, other in zip(straight, resumed, strict=True):
@@ -174,9 +175,9 @@ def test_resumed_equals_uninterrupted(ranks, tmp_path, make, world):
 
 def test_another_pull_is_refused_on_resuming(ranks, tmp_path):
     masks = cases.make_masks()
-    ranks(1).run(_stopped, masks, str(tmp_path), _importance(), PULL)
+    ranks(1).run(_stopped, masks, str(tmp_path), make_importance(), PULL)
     with pytest.raises(Exception, match="pull"):
-        ranks(1).run(_resumed, masks, str(tmp_path), _importance(), PULL + 1)
+        ranks(1).run(_resumed, masks, str(tmp_path), make_importance(), PULL + 1)
 
 
 def _stopped(masks, folder: str, importance: Importance, pull: float) -> None:
@@ -221,7 +222,7 @@ def _no_schedule(masks, importance) -> str:
 
 
 def test_a_run_of_unknown_length_is_refused_at_its_first_step(ranks):
-    assert "num_steps" in ranks(1).run(_no_schedule, cases.make_masks(), _importance())[0]
+    assert "num_steps" in ranks(1).run(_no_schedule, cases.make_masks(), make_importance())[0]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,7 @@ def test_bad_options_are_refused_before_anything(options, message):
 
 
 def test_paths_of_importance_files_will_do(ranks, tmp_path: Path):
-    masks, importance = cases.make_masks(), _importance()
+    masks, importance = cases.make_masks(), make_importance()
     importance.save(tmp_path / "task.safetensors")
     by_path, by_object = (
         ranks(1).run(_run, masks, STEPS, 0, "", {"retain": [item], "pull": PULL})[0]
