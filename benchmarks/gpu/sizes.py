@@ -52,9 +52,9 @@ FULL = Sizes(
     rounds=20,
     copied_bytes=1 << 28,
     tests=(
-        ("-m", "gpu", "tests/kernels/test_gpu.py", "-k", "not memory_checker"),
         ("-m", "gpu", "tests/kernels/test_step_is_exact.py", "tests/kernels/test_launch_shapes.py"),
         ("-m", "gpu", "tests/kernels/test_rounding.py", "tests/kernels/test_ops.py"),
+        ("-m", "gpu", "tests/kernels/test_gpu.py", "-k", "not memory_checker"),
         ("-m", "gpu", "tests/kernels", "tests/selection", "tests/ticket", "tests/zero", "-k", "not memory_checker"),
     ),
     index_entries=200_000_000,

@@ -43,13 +43,13 @@ def _whole_steps(name: str, tells: str, seconds: float, **options: Any) -> Stage
 
 
 STAGES = (
-    Stage("kernels", "every kernel test on the device", f"{_HERE}.kernel_tests:run", 80, 20, _TESTS),
+    Stage("kernels", "every kernel test on the device", f"{_HERE}.kernel_tests:run", 130, 20, _TESTS),
     Stage("facts", "what a CPU cannot show: dtypes, the index's peak, host time", f"{_HERE}.facts:run", 25, 12),
     Stage("zero3", "ZeRO-3 in one process: phases, importance, pull, resuming", f"{_HERE}.zero3:run", 45, 20, _ENGINE),
-    Stage("recipe", "two tasks and DPO by recipes/, as users start them", f"{_HERE}.recipe:run", 75, 30, _RECIPE),
     Stage("reducer", "the reducer's asynchronous path on groups of one rank", f"{_HERE}.reducer:run", 25, 12, _ENGINE),
     Stage("step", "the step against its byte floor and its rivals; launch shapes", f"{_HERE}.step:run", 50, 20),
-    _whole_steps("1b-dense", "whole steps of a 1B Llama, dense ZeRO-3 AdamW", 30, method="dense"),
+    Stage("recipe", "two tasks and DPO by recipes/, as users start them", f"{_HERE}.recipe:run", 110, 50, _RECIPE),
+    _whole_steps("1b-dense", "whole steps of a 1B Llama, dense ZeRO-3 AdamW", 40, method="dense"),
     _whole_steps("1b-sparse-1", "the same, sparse at 1%", 35, method="sparse", density=0.01),
     _whole_steps("1b-sparse-10", "the same, sparse at 10%", 45, method="sparse", density=0.1),
     Stage("8b", "8B at 1% on one GPU, both phases, beside the plan", f"{_HERE}.largest:run", 80, 40, _MODEL),

@@ -297,6 +297,7 @@ def _keeping(args: LotaArguments, config: Config, unused: _Unused) -> Keeping:
             raise ValueError(f"{path} is packed, and read beside its whole base: unpack it first (lota unpack)")
         if not ticket.has_base_values:
             raise ValueError(f"{path} holds no base values, so nobody knows what it changes: make it with them")
+    choices.check_choice("fisher", args.fisher, choices.FISHERS)
     if args.overlap and not tickets:
         unused.drop("no tickets are given", ("overlap",))
     if args.fisher == "true" and isinstance(config, PreferenceConfig):
@@ -318,7 +319,7 @@ def _keeping(args: LotaArguments, config: Config, unused: _Unused) -> Keeping:
         pull,
         args.keep_importance,
         args.importance_batches,
-        choices.check_choice("fisher", args.fisher, choices.FISHERS),
+        args.fisher,
         *_dial(args, unused),
     )
 

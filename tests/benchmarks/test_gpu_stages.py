@@ -20,10 +20,11 @@ from benchmarks.gpu.environment import ROOT, missing
 from benchmarks.gpu.kernel_tests import run_lists
 from benchmarks.gpu.rows import read_rows
 from benchmarks.gpu.sizes import TINY
-from benchmarks.gpu.stages import STAGES
+from benchmarks.gpu.stages import STAGES, Stage
 
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TIMEOUT = 400
+QUICK = [stage for stage in STAGES if stage.name != "recipe"]  # whole jobs: a minute, and CI has tests of its own
 
 # What must be among a stage's figures, by how their names begin and end.
 FIGURES = {
@@ -41,11 +42,14 @@ FIGURES = {
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    return _run_stages(tmp_path_factory.mktemp("gpu") / "rows.jsonl", QUICK)
+
+
+def _run_stages(path: Path, stages: list[Stage]) -> dict[str, list[dict[str, Any]]]:
     """All stages in one process, which imports DeepSpeed once."""
-    path = tmp_path_factory.mktemp("gpu") / "rows.jsonl"
     common = {"device": "cpu", "sizes": "tiny", "rows": str(path), "until": time.monotonic() + TIMEOUT}
-    stages = [stage for stage in STAGES if not missing(stage.packages)]
-    specs = [common | {"name": s.name, "function": s.function, "options": s.options} for s in stages]
+    there = [stage for stage in stages if not missing(stage.packages)]
+    specs = [common | {"name": s.name, "function": s.function, "options": s.options} for s in there]
     command = [sys.executable, "-m", "benchmarks.gpu.child", json.dumps(specs)]
     run = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=2 * TIMEOUT)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-3000:]
@@ -55,7 +59,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
     return found
 
 
-@pytest.mark.parametrize("stage", [stage.name for stage in STAGES])
+@pytest.mark.slow
+def test_the_recipes_are_right_on_a_cpu(tmp_path: Path) -> None:
+    found = _run_stages(tmp_path / "rows.jsonl", [stage for stage in STAGES if stage.name == "recipe"])
+    checks = [row for row in found["recipe"] if row["kind"] == "check"]
+    assert len(checks) == 6 and all(row["is_right"] for row in checks), checks
+
+
+@pytest.mark.parametrize("stage", [stage.name for stage in QUICK])
 def test_stage_is_right_on_a_cpu(rows: dict[str, list[dict[str, Any]]], stage: str) -> None:
     absent = missing(next(known.packages for known in STAGES if known.name == stage))
     if absent:

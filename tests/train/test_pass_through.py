@@ -24,6 +24,7 @@ def test_attention(base: Path, name: str) -> None:
     args: Any = SimpleNamespace(
         model=str(base), revision="main", attn_implementation=name, trust_remote_code=False
     )
+    args.keeping = SimpleNamespace(tickets=())
     model = load_model(args, SimpleNamespace(bf16=True, fp16=False))  # type: ignore[arg-type]
     assert model.config._attn_implementation == name
 

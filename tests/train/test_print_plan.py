@@ -31,13 +31,18 @@ def planned(base: Path, config_class: type[Config], *argv: str):
     return plans_of(options, config, layout_of(options, config))
 
 
-def test_a_reference_is_one_more_copy_of_the_weights(base: Path) -> None:
-    alone, beside = planned(base, RecipeConfig), planned(base, PreferenceConfig)
-    assert len(alone) == len(beside) == 2
-    for one, two in zip(alone, beside):
-        assert two.held - one.held == one.device["weights"]
-    precomputed = planned(base, PreferenceConfig, "--precompute_ref_log_probs", "true")
-    assert [plan.held for plan in precomputed] == [plan.held for plan in alone]
+def test_what_a_reference_holds(base: Path) -> None:
+    """One more copy of the weights, where it is a model of its own."""
+    for score in ("gradient", "task_vector"):
+        words = ("--score", score, "--reference")
+        alone = planned(base, PreferenceConfig, *words, "precompute")
+        model = planned(base, PreferenceConfig, *words, "model")
+        ticket = planned(base, PreferenceConfig, *words, "ticket")
+        assert [plan.held for plan in alone] == [plan.held for plan in planned(base, RecipeConfig, *words[:2])]
+        assert [two.held - one.held for one, two in zip(alone, model)] == [one.device["weights"] for one in alone]
+        # a task vector moves every weight: the reference is a model after all while it is made
+        expected = model[0] if score == "task_vector" else alone[0]
+        assert [plan.held for plan in ticket] == [expected.held, alone[1].held]
 
 
 @pytest.mark.parametrize(

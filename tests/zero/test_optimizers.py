@@ -306,6 +306,9 @@ ON_A_GPU = {
 
 def _resume_on_the_device(folder: str) -> None:
     """Both phases; step counts of fused and capturable optimizers must be on the device, where they are read."""
+    import deepspeed
+
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     ADMITTED.update(ON_A_GPU)
     for block in (_dense, _sparse):
         for name, found in _straight_and_resumed(f"{folder}/{block.__name__}", list(ON_A_GPU), block).items():
