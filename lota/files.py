@@ -174,7 +174,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     to `path` is a ValueError, as is a `path` that is anything but absent or an empty folder.
     """
     path = Path(os.path.realpath(path))
-    _check_free(path)
+    check_free(path)
     with only_writer(path, "writes"):
         pattern = re.compile(re.escape(f".{path.name}.partial-") + "[0-9a-f]{16}")
         for left in path.parent.iterdir():  # no process writes to `path` but this one
@@ -189,13 +189,14 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 for file in temporary.rglob("*"):
                     sync_path(file)
                 sync_path(temporary)
-            _check_free(path)
+            check_free(path)
             os.replace(temporary, path)
             sync_path(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_free(path: Path) -> None:
+def check_free(path: Path) -> None:
+    """ValueError where `path` is anything but absent or an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists already: choose another folder, or remove it first")

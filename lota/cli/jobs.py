@@ -16,7 +16,7 @@ from lota import choices
 from lota.cli.parsers import add_command, complete
 
 _BOOLEANS = ("true", "false")
-_CHOICES = {
+CHOICES = {
     "method": choices.METHODS,
     "score": choices.SCORES,
     "budget": choices.BUDGETS,
@@ -117,7 +117,7 @@ def add_fields(parser: argparse.ArgumentParser, arguments: type[Any]) -> None:
     """An option for every field of a dataclass of options, with its help text."""
     for entry in fields(arguments):
         option = parser.add_argument(f"--{entry.name}", metavar="VALUE", help=help_of(entry).replace("%", "%%"))
-        values = _CHOICES.get(entry.name) or (_BOOLEANS if str(entry.type).startswith("bool") else ())
+        values = CHOICES.get(entry.name) or (_BOOLEANS if str(entry.type).startswith("bool") else ())
         if values:
             complete(option, values)
 
