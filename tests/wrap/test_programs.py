@@ -79,7 +79,7 @@ def with_blocks(name: str, folder: str, score: str, out: str) -> None:
     [
         pytest.param("loop", 1, "task_vector", marks=pytest.mark.slow),
         ("loop", 2, "gradient"),
-        ("sft", 1, "gradient"),
+        pytest.param("sft", 1, "gradient", marks=pytest.mark.slow),
         pytest.param("sft", 2, "task_vector", marks=pytest.mark.slow),
     ],
 )
@@ -126,12 +126,21 @@ def mask(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "num_ranks", "deed", "status", "says"),
     [
         ("loop", 1, "only evaluates", 3, "no DeepSpeed engine that trains was built"),
-        ("loop", 1, "trains a second model", 1, "ValueError: a second trainable engine was built"),
+        pytest.param(
+            "loop", 1, "trains a second model", 1, "ValueError: a second trainable engine was built",
+            marks=pytest.mark.slow,
+        ),
         ("loop", 1, "exits at once", 1, "did not finish its block"),
-        ("loop", 1, "exits", 1, "the program ended after 1 steps, and --num_steps asks for 3"),
-        ("loop", 1, "is killed", 137, "was ended by signal 9"),
+        pytest.param(
+            "loop", 1, "exits", 1, "the program ended after 1 steps, and --num_steps asks for 3",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("loop", 1, "is killed", 137, "was ended by signal 9", marks=pytest.mark.slow),
         ("loop", 2, "rank 1 crashes", 1, "RuntimeError: the disk of rank 1 is gone"),
-        ("sft", 1, "exits", 1, "in the middle of its Trainer's train(), after 1 of 3 steps"),
+        pytest.param(
+            "sft", 1, "exits", 1, "in the middle of its Trainer's train(), after 1 of 3 steps",
+            marks=pytest.mark.slow,
+        ),
         ("loop", 1, "crashes afterwards", 1, "is not taken for the ticket of a run that failed"),
     ],
 )
