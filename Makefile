@@ -48,9 +48,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Two workers, each with ranks of its own that stay alive over its tests; WORKERS=0 runs all in one process.
+# Two workers, each with ranks of its own that stay alive over its tests; WORKERS=0 runs all in one process. Without
+# reordering, files of few long tests (clusters, launchers) do not come last, where one worker would wait for them.
 test: lint
-	$(RUN) $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(RUN) $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(PYTEST_ARGS)
 
 # The oldest versions that blocks, tickets and kernels work with, in an environment of their own. TRL 0.24 cannot import its
 # DPO trainer beside transformers 5.

@@ -49,6 +49,7 @@ class Calibration:
         self.selection: Selection | None = None
         self._asked = density, budget
         self._report: dict[str, Any] | None = None
+        self._is_released = False
 
     def mask(self, density: float | None = None, budget: str | None = None, *, keep: bool = False) -> Mask:
         """Select the mask from the scores, the same on every rank, with the base's fingerprints. Collective.
@@ -59,6 +60,8 @@ class Calibration:
         budget = self._budget if budget is None else budget
         choices.check_density(density)
         choices.check_budget(budget)
+        if self._is_released:
+            raise ValueError("mask() released the scores: call mask(keep=True) where another call follows")
         self._asked = density, budget
         self._report = self._run.report()
         self.selection = select(
@@ -79,6 +82,7 @@ class Calibration:
             )
         mask = mask.with_base(mask.base, self._run.frozen())
         if not keep:
+            self._is_released = True
             self._run.release()
         return mask
 

@@ -69,8 +69,9 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize(
-    # The package's own job runs under torchrun below.
-    "launcher", [pytest.param(name, marks=[pytest.mark.slow] * (name == "torchrun")) for name in LAUNCHERS]
+    # The package's own job runs under torchrun below, and a recipe under accelerate.
+    "launcher",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("torchrun", "accelerate"))) for name in LAUNCHERS],
 )
 def test_the_readme(folder: Path, launcher: str) -> None:
     shutil.rmtree(folder / "ticket", ignore_errors=True)

@@ -178,7 +178,9 @@ class BlockRun:
     def _identify(self, model: torch.nn.Module, new: Mapping[str, int]) -> None:
         """Take the fingerprints of the model as it is now, the base. new: how many rows the base has of tensors of
         which it does not have all."""
-        not_a_number = holding_nan(weights.partitions(model), self.groups.reduction.shard, self.device)
+        reduction = self.groups.reduction
+        shards = (reduction.shard_size, reduction.shard_rank, reduction.shard)
+        not_a_number = holding_nan(weights.partitions(model), *shards, self.device)
         if not_a_number:
             raise ValueError(
                 f"{not_a_number[0]} holds NaN (and {len(not_a_number) - 1} more tensors do): every loss would be NaN. "

@@ -63,9 +63,13 @@ def fingerprints(
     }
 
 
-def holding_nan(partitions: Iterable[Any], group: Any, device: torch.device) -> list[str]:
-    """Names of the tensors with a NaN on some rank of `group`; the same list on all of them. Collective."""
-    found = [(part.name, bool(torch.isnan(part.data).any())) for part in partitions]
+def holding_nan(partitions: Iterable[Any], size: int, rank: int, group: Any, device: torch.device) -> list[str]:
+    """Names of the tensors with a NaN on some rank of `group`; the same list on all of them. Collective. size, rank: as
+    of `fingerprints`; what fills up the last ranks' pieces is whatever the memory held before, and does not count."""
+    found = []
+    for part in partitions:
+        start, stop = owned_range(part.numel, size, rank)
+        found.append((part.name, bool(torch.isnan(part.data[: stop - start]).any())))
     flags = torch.tensor([flag for _, flag in found], dtype=torch.int32, device=device)
     if group is not None:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)

@@ -143,6 +143,7 @@ def test_the_third_task_comes_out_exactly(
     assert told["free"] == told["eligible"] - sum(ticket.num_active for ticket in others)
 
 
+@pytest.mark.slow
 def test_forgetting_stands_beside_the_rivals(
     ranks, world: Path, five: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -159,7 +159,7 @@ def test_what_would_mix_two_sequences_is_refused(ranks, world: Path, one: Path, 
     assert not (tmp_path / "new").exists(), "a refusal leaves nothing behind"
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_rivals_train_the_same_tasks_in_sequence(ranks, world: Path, tmp_path: Path, method: str) -> None:
     """Each begins with the model that the one before left; of those models only the last stays; a third task is added
     when two are complete."""

@@ -4,6 +4,7 @@ with the cure, and its adapters are trained where they are asked for; what is le
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -138,3 +139,54 @@ def test_a_tower_that_is_left_out_is_a_warning(ranks):
     assert not second["lines"], "rank 0 says it"
     rows = {row["pattern"]: row["share"] for row in first["report"]["left_out"]}
     assert rows["model.vision_tower.encoder.layers.*"] > 0.01
+
+
+def _with_poisoned_padding(kind: str) -> dict[str, Any]:
+    """Tensors whose entries do not share out evenly: what fills up the last rank's piece is NaN, as memory that held
+    something else may be."""
+    import deepspeed
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 11, bias=False), nn.Linear(11, 7, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.two(self.one(x)).square().sum()
+
+    torch.manual_seed(0)
+    mask = lota.Mask.from_dense({"two.weight": torch.rand(7, 11) < 0.5})
+    block = (
+        lota.sparse_zero3(mask) if kind == "sparse" else lota.calibration_zero3(score=kind, include=["*"], density=0.5)
+    )
+    world, poisoned = torch.distributed.get_world_size(), 0
+    with block as run:
+        with deepspeed.zero.Init(config_dict_or_path=cases.config(1, world)):
+            model = Odd()
+        for parameter in model.parameters():
+            start = parameter.ds_tensor.numel() * torch.distributed.get_rank()
+            padding = parameter.ds_tensor.data[max(0, parameter.ds_numel - start) :]
+            padding.fill_(math.nan)
+            poisoned += padding.numel()
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=cases.default_optimizer(model), config=cases.config(1, world)
+        )
+        for _ in range(2):
+            engine.backward(engine(torch.ones(2, 3)))
+            engine.step()
+        after = cases.gathered(engine.module)
+        if kind != "sparse":
+            mask = run.mask()
+            assert mask.num_active == round(0.5 * mask.eligible)
+            with pytest.raises(ValueError, match=r"mask\(keep=True\)"):
+                run.mask()
+        engine.destroy()
+    if kind == "sparse":
+        run.release()
+    return {"poisoned": poisoned, "finite": all(bool(torch.isfinite(weight).all()) for weight in after.values())}
+
+
+@pytest.mark.parametrize("kind", ["sparse", "gradient", "task_vector"])
+def test_what_fills_up_the_last_ranks_piece_does_not_matter(ranks: Any, kind: str) -> None:
+    found = ranks(4).run(_with_poisoned_padding, kind)
+    assert sum(rank["poisoned"] for rank in found) > 0 and all(rank["finite"] for rank in found)

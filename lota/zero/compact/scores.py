@@ -73,7 +73,7 @@ class TaskVectorScores:
         return {
             piece.name: piece.weights.new_zeros((), dtype=torch.bool)
             if (gradient := gradients[piece.name]) is None
-            else (~torch.isfinite(gradient)).any()
+            else (~torch.isfinite(gradient[: piece.weights.numel()])).any()
             for piece in reversed(self._pieces)
         }
 
