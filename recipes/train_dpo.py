@@ -6,9 +6,9 @@
     CPU ranks    OMP_NUM_THREADS=1 deepspeed --num_gpus 2 recipes/train_dpo.py --config recipes/configs/dpo_small.yaml
 
 The flow, the options and the outputs are those of train_lota.py, with TRL's DPOConfig in place of SFTConfig and rows of
-prompt, chosen and rejected. Calibration scores weights by the preference loss. The reference is the base, loaded a
-second time and sharded (2 bytes a parameter over all ranks). `precompute_ref_log_probs: true` runs the base once
-beforehand and saves that memory; `--method lora` switches its adapter off. Installed, the same job is `lota dpo`.
+prompt, chosen and rejected. Calibration scores weights by the preference loss. The reference is the trained model with
+the base's values put back for a forward pass: no second model (`reference: ticket`; `model` and `precompute` are the
+other ways, docs/data.md). Installed, the same job is `lota dpo`.
 """
 
 from __future__ import annotations
