@@ -107,7 +107,8 @@ def test_the_model_itself_is_as_good_a_reference_as_a_second_one(
     copy = sum(tensor.nbytes for tensor in load_file(base / "model.safetensors").values())
     for own, both in zip(held, more, strict=True):
         # on several ranks DeepSpeed shards the second model, and keeps small tensors whole beside that
-        assert both - own == copy if world == 1 else both - own >= copy // world
+        spared = both - own
+        assert spared == pytest.approx(copy, rel=0.02) if world == 1 else spared >= copy // world, (spared, copy)
 
 
 @pytest.mark.parametrize(
