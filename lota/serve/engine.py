@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -51,7 +52,8 @@ class TicketEngine(WeightTransferEngine[TicketInit, TicketUpdate]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         folder = locate(self.model_config.model, self.model_config.revision)
-        self._served = ServedModel(folder, self.model.load_weights, self._reload, self._is_plain)
+        load, say = self.model.load_weights, init_logger(f"vllm.{__name__}").info
+        self._served = ServedModel(folder, load, self._reload, self._is_plain, say=say)
 
     def init_transfer_engine(self, init_info: TicketInit) -> None:
         self._served.keep = init_info.keep
@@ -84,18 +86,27 @@ class TicketEngine(WeightTransferEngine[TicketInit, TicketUpdate]):
         initialize_layerwise_reload(self.model)
         self.model.load_weights(weights)
         finalize_layerwise_reload(self.model, self.model_config)
+        # A head that is tied to the embeddings is no weight of the files, so vLLM leaves its packed copy as it was.
+        for modules in _tied(self.model):
+            for module in modules:
+                if _is_unquantized(module):
+                    module.quant_method.process_weights_after_loading(module)
 
     def _is_plain(self, target: Tensor) -> bool:
         """Whether vLLM computes with this memory itself."""
         memory = target.untyped_storage().data_ptr()
         for module in _owners(self.model, memory):
-            method = getattr(module, "quant_method", None)
-            if method is not None and not type(method).__name__.startswith("Unquantized"):
+            if hasattr(module, "quant_method") and not _is_unquantized(module):
                 return False
             # On CPUs a layer computes with a function, which may hold a packed copy of the weight.
             if getattr(getattr(module, "cpu_linear", None), "__closure__", None):
                 return False
+        # Attention of this kind multiplies two of its weights once, after loading.
         return not any(isinstance(module, MLAAttention) for module in self.model.modules())
+
+
+def _is_unquantized(module: nn.Module) -> bool:
+    return type(getattr(module, "quant_method", None)).__name__.startswith("Unquantized")
 
 
 def _owners(model: nn.Module, memory: int) -> Iterator[nn.Module]:
@@ -104,3 +115,12 @@ def _owners(model: nn.Module, memory: int) -> Iterator[nn.Module]:
         own = module.parameters(recurse=False)
         if any(parameter.untyped_storage().data_ptr() == memory for parameter in own):
             yield module
+
+
+def _tied(model: nn.Module) -> list[list[nn.Module]]:
+    """The modules of every parameter that several have."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    return [modules for modules in owners.values() if len(modules) > 1]

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
+from contextlib import suppress
 from typing import Any
 
 START = (
     "start it with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config '{\"backend\": \"lota\"}', in an environment "
     "that has lota (docs/serving.md)"
 )
+
+
+_OF_WORKER = re.compile(r"failed with error '(.*)', please check the stack trace", re.DOTALL)
 
 
 class Refused(ValueError):
@@ -79,8 +84,16 @@ class Server:
             raise Unreachable(f"{self.url}: no server there, or it ended ({reason}): {START}") from None
 
     def _reason(self, error: urllib.error.HTTPError) -> str:
-        """What is in a refusal, without what vLLM wraps around an exception of a worker."""
-        if error.code in (404, 405):
+        """What a refusal says, without what vLLM puts around an exception of a worker."""
+        if error.code in (404, 405, 501):
             return f"{self.url} is no vLLM server in development mode: {START}"
         text = error.read().decode("utf-8", "replace")
-        return f"{self.url}: {text}"
+        with suppress(ValueError, KeyError, TypeError):
+            text = str(json.loads(text)["error"]["message"])
+        found = _OF_WORKER.search(text)
+        reason = found[1] if found else text
+        if "not configured" in reason or "init_info" in reason:
+            return f"{self.url} has no backend that switches tickets ({reason}): {START}"
+        if "already active" in reason:
+            return f"{self.url}: another program switches it now, or began to and ended: wait, or use --take-over"
+        return f"{self.url}: {reason}"

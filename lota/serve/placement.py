@@ -62,8 +62,8 @@ class _Recorder(TorchDispatchMode):
             target, piece = args[0], args[1]
             if piece.untyped_storage().data_ptr() != self._source.untyped_storage().data_ptr():
                 raise NotPlainError("the loader changes the tensor before it copies it")
-            if target.shape != piece.shape or target.dtype != piece.dtype:
-                raise NotPlainError(f"{piece.dtype} {tuple(piece.shape)} goes to {target.dtype} {tuple(target.shape)}")
+            if target.shape != piece.shape or not target.is_floating_point():
+                raise NotPlainError(f"{tuple(piece.shape)} goes to {target.dtype} {tuple(target.shape)}")
             self.copies.append(Copy(piece.storage_offset(), tuple(piece.stride()), target.detach()))
             return target
         if func._schema.is_mutable:
@@ -74,12 +74,13 @@ class _Recorder(TorchDispatchMode):
 def place(copy: Copy, entries: Entries) -> Entries:
     """Those of a tensor's entries that the copy has, by their positions in the memory that its target lies in.
 
-    entries: by flat positions in the checkpoint's tensor, on the CPU. NotPlainError where that memory holds anything
-    but their base values, bit for bit.
+    entries: by flat positions in the checkpoint's tensor, on the CPU. Values are cast to the memory's dtype, as the copy
+    does. NotPlainError where that memory holds anything but their base values, bit for bit.
     """
     where, is_inside = _in_target(copy, entries.positions)
     memory = whole_memory(copy.target)
-    at, values, base = (tensor[is_inside].to(memory.device) for tensor in (where, entries.values, entries.base))
+    at = where[is_inside].to(memory.device)
+    values, base = (tensor[is_inside].to(memory.device, memory.dtype) for tensor in (entries.values, entries.base))
     if not _same_bits(memory[at], base):
         raise NotPlainError("the model's memory does not hold the base's values in this order")
     return Entries(at.to(torch.int32) if memory.numel() < 1 << 31 else at, values, base)

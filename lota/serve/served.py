@@ -8,7 +8,6 @@ absolute values are assigned, so what is on after a switch does not depend on wh
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from lota.delivery.live import tensor_mode
 from lota.delivery.model_folder import read_tensors, weight_files
 from lota.delivery.stacking import RULES, Entries, shared_positions, sum_shared
 from lota.files import open_regular
+from lota.progress import Say, silent
 from lota.serve.placement import NotPlainError, place, record_copies, whole_memory
 from lota.ticket import Ticket
 from lota.ticket.hub import local_directory
@@ -54,6 +54,7 @@ class ServedModel:
     load: the model's `load_weights`. reload: called with all tensors of the checkpoint, which loads them and does again
     what the server does after loading. is_plain: whether the server reads this memory of a parameter at every step, and
     holds nothing that was made of it. keep: how many tickets stay in memory; a switch to one of them reads no values.
+    say: called with a line for every ticket that is read.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class ServedModel:
         is_plain: Callable[[Tensor], bool],
         *,
         keep: int = 8,
+        say: Say = silent,
     ) -> None:
+        self._say = say
         self._folder, self._load, self._reload, self._is_plain, self.keep = folder, load, reload, is_plain, keep
         self._files = _state_of(folder)
         self._memory: dict[int | str, Tensor] = {}
@@ -130,6 +133,8 @@ class ServedModel:
             entries = self._placed(changes) if self._is_in_place else None
             found = entries if entries is not None else {change.name: change.entries for change in changes}
             held = _Held(path, identity, entries is not None, found)
+            num_entries = sum(part.positions.numel() for part in found.values())
+            self._say(f"{path}: {num_entries:,} entries, {'in place' if held.is_in_place else 'by loading again'}")
         self._held[path] = held
         while len(self._held) > self.keep:
             self._held.popitem(last=False)
@@ -148,7 +153,7 @@ class ServedModel:
                     self._memory[memory.data_ptr()] = memory
                     parts.setdefault(memory.data_ptr(), []).append(place(copy, entries))
         except NotPlainError as error:
-            logging.getLogger(__name__).info("switches load the model's files again: %s", error)
+            self._say(f"switches load the model's files again: {error}")
             self._is_in_place = False
             self._memory.clear()
             return None
