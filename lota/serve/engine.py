@@ -53,7 +53,8 @@ class TicketEngine(WeightTransferEngine[TicketInit, TicketUpdate]):
         super().__init__(*args, **kwargs)
         folder = locate(self.model_config.model, self.model_config.revision)
         load, say = self.model.load_weights, init_logger(f"vllm.{__name__}").info
-        self._served = ServedModel(folder, load, self._reload, self._is_plain, say=say)
+        is_whole = self.parallel_config.world_size == 1
+        self._served = ServedModel(folder, load, self._reload, self._is_plain, is_whole=is_whole, say=say)
 
     def init_transfer_engine(self, init_info: TicketInit) -> None:
         self._served.keep = init_info.keep

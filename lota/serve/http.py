@@ -38,9 +38,6 @@ class Server:
             raise ValueError(f"expected the address of a server, like http://127.0.0.1:8000, got {url!r}")
         self.url, self.timeout = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/"), timeout
 
-    def init(self, init_info: dict[str, Any]) -> None:
-        self.post("init_weight_transfer_engine", {"init_info": init_info})
-
     def start(self) -> None:
         self.post("start_weight_update", {})
 

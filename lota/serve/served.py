@@ -53,8 +53,8 @@ class ServedModel:
 
     load: the model's `load_weights`. reload: called with all tensors of the checkpoint, which loads them and does again
     what the server does after loading. is_plain: whether the server reads this memory of a parameter at every step, and
-    holds nothing that was made of it. keep: how many tickets stay in memory; a switch to one of them reads no values.
-    say: called with a line for every ticket that is read.
+    holds nothing that was made of it. is_whole: whether this rank holds all of the model. keep: how many tickets stay
+    in memory; a switch to one of them reads no values. say: called with a line for every ticket that is read.
     """
 
     def __init__(
@@ -64,10 +64,11 @@ class ServedModel:
         reload: Callable[[Weights], Any],
         is_plain: Callable[[Tensor], bool],
         *,
+        is_whole: bool = False,
         keep: int = 8,
         say: Say = silent,
     ) -> None:
-        self._say = say
+        self._is_whole, self._say = is_whole, say
         self._folder, self._load, self._reload, self._is_plain, self.keep = folder, load, reload, is_plain, keep
         self._files = _state_of(folder)
         self._memory: dict[int | str, Tensor] = {}
@@ -146,18 +147,23 @@ class ServedModel:
         parts: dict[int | str, list[Entries]] = {}
         try:
             for name, shape, entries in changes:
+                num_found = 0
                 for copy in record_copies(self._load, name, shape, entries.values.dtype):
                     if not self._is_plain(copy.target):
                         raise NotPlainError(f"{name}: the server holds something that was made of it")
                     memory = whole_memory(copy.target)
                     self._memory[memory.data_ptr()] = memory
-                    parts.setdefault(memory.data_ptr(), []).append(place(copy, entries))
+                    found = place(copy, entries)
+                    num_found += found.positions.numel()
+                    parts.setdefault(memory.data_ptr(), []).append(found)
+                if self._is_whole and num_found < entries.positions.numel():
+                    raise NotPlainError(f"{name}: the loader leaves entries out")
         except NotPlainError as error:
             self._say(f"switches load the model's files again: {error}")
             self._is_in_place = False
             self._memory.clear()
             return None
-        return {key: Entries(*map(torch.cat, zip(*found))) for key, found in parts.items()}
+        return {key: Entries(*map(torch.cat, zip(*pieces))) for key, pieces in parts.items()}
 
     def _write(self, before: Sequence[_Held], wanted: Sequence[_Held], rule: str) -> None:
         """Assign the base's values of `before`, then the values of `wanted`."""

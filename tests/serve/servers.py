@@ -95,8 +95,9 @@ def serving(
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_SERVER_DEV_MODE": "1",
     }
-    command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", "128", "--max-num-seqs", "16"]
+    command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--port", str(port)]
+    command += ["--host", "127.0.0.1", "--max-model-len", "128", "--max-num-seqs", "16"]
     command += ["--enforce-eager", "--served-model-name", "base", *options]
     command += ["--weight-transfer-config", backend] if backend else []
     with open(log, "wb") as output:
