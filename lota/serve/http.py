@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 START = (
-    "start it with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config '{\"backend\": \"lota\"}', in an environment "
+    'start it with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config \'{"backend": "lota"}\', in an environment '
     "that has lota (docs/serving.md)"
 )
 

@@ -138,7 +138,7 @@ def ask(server: Server, prompts: Sequence[Sequence[int]], num_tokens: int = 16) 
 
 @torch.no_grad()
 def logprobs_of(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What transformers gives after a prompt: logprobs of the answer's tokens `[n]`, and of the likeliest ones `[n]`."""
+    """After a prompt, transformers' logprobs of the answer's tokens `[n]`, and of the likeliest ones `[n]`."""
     logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].float()
     logprobs = torch.log_softmax(logits, -1)
     return logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0], logprobs.max(1).values
