@@ -91,7 +91,8 @@ class TicketEngine(WeightTransferEngine[TicketInit, TicketUpdate]):
         for modules in _tied(self.model):
             for module in modules:
                 if _is_unquantized(module):
-                    module.quant_method.process_weights_after_loading(module)
+                    method: Any = module.quant_method
+                    method.process_weights_after_loading(module)
 
     def _is_plain(self, target: Tensor) -> bool:
         """Whether vLLM computes with this memory itself."""

@@ -95,7 +95,7 @@ def _in_target(copy: Copy, positions: Tensor) -> tuple[Tensor, Tensor]:
     """By flat position of the checkpoint's tensor: the place in the target's memory, and whether the copy has it."""
     rest = positions - copy.offset
     is_inside = rest >= 0
-    where = torch.full_like(rest, copy.target.storage_offset())
+    where = torch.full_like(rest, int(copy.target.storage_offset()))
     dims = [
         (stride, size, target)
         for size, stride, target in zip(copy.target.shape, copy.strides, copy.target.stride(), strict=True)

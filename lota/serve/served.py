@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lota.choices import check_choice
+from lota.choices import STACKING_RULES, check_choice
 from lota.delivery.apply import Change, checkpoint_changes
 from lota.delivery.live import tensor_mode
 from lota.delivery.model_folder import read_tensors, weight_files
-from lota.delivery.stacking import RULES, Entries, shared_positions, sum_shared
+from lota.delivery.stacking import Entries, shared_positions, sum_shared
 from lota.files import open_regular
 from lota.progress import Say, silent
 from lota.serve.placement import NotPlainError, place, record_copies, whole_memory
@@ -90,7 +90,7 @@ class ServedModel:
         rule is `refuse`.
         """
         self._next = None
-        check_choice("rule", rule, RULES)
+        check_choice("rule", rule, STACKING_RULES)
         if len(set(tickets)) != len(tickets):
             raise ValueError(f"expected every ticket once, got {', '.join(tickets)}")
         if _state_of(self._folder) != self._files:
@@ -132,7 +132,8 @@ class ServedModel:
         if held is None or held.identity != identity or held.is_in_place != self._is_in_place:
             changes = checkpoint_changes(self._folder, Ticket.load(path))
             entries = self._placed(changes) if self._is_in_place else None
-            found = entries if entries is not None else {change.name: change.entries for change in changes}
+            found: dict[int | str, Entries] = {change.name: change.entries for change in changes}
+            found = found if entries is None else entries
             held = _Held(path, identity, entries is not None, found)
             num_entries = sum(part.positions.numel() for part in found.values())
             self._say(f"{path}: {num_entries:,} entries, {'in place' if held.is_in_place else 'by loading again'}")

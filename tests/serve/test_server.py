@@ -30,6 +30,7 @@ from tests.serve.servers import (
     VLLM_PYTHON,
     ask,
     checksums,
+    environment,
     has_vllm,
     logprobs_of,
     make_base,
@@ -257,6 +258,24 @@ def test_two_tensor_parallel_ranks(made: dict[bool, Models], tmp_path: Path, is_
             switch(server, [str(models.folder / "wrong")])
         check_answers(models, server, "")
     assert ("entries, in place" in log.read_text()) is is_plain
+
+
+def test_a_model_in_the_same_process(made: dict[bool, Models], tmp_path: Path) -> None:
+    models = made[False]
+    states = ["A", "AB", "", "wrong", "B"]
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    paths = [[str(models.folder / "wrong")] if names == "wrong" else models.paths(names) for names in states]
+    (tmp_path / "states.json").write_text(json.dumps(paths))
+    command = [str(VLLM_PYTHON), str(ROOT / "tests" / "serve" / "offline.py"), str(models.base)]
+    command += [str(tmp_path / "prompts.json"), str(tmp_path / "states.json")]
+    ended = subprocess.run(command, env=environment(is_plain=False), capture_output=True, text=True, check=False)
+    line = next((line for line in ended.stdout.splitlines() if line.startswith("ANSWERS ")), None)
+    assert line is not None, ended.stderr[-3000:]
+    for names, answers in zip(states, json.loads(line.removeprefix("ANSWERS ")), strict=True):
+        if names == "wrong":
+            assert "belongs to another base model" in answers
+        else:
+            assert answers == models.answers[names]
 
 
 def test_a_server_without_the_backend(made: dict[bool, Models], tmp_path: Path, capsys: Any) -> None:
