@@ -6,11 +6,12 @@ import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
 from lota.cli import main
-from lota.serve import OfflineServer, Refused, Server, Status, status
+from lota.serve import OfflineServer, Refused, Server, ServerBroken, Status, status, switch
 
 
 class _Page(BaseHTTPRequestHandler):
@@ -102,3 +103,86 @@ def test_errors_have_a_kind() -> None:
     assert issubclass(Refused, ValueError)
     with pytest.raises(ValueError, match="address"):
         Server("localhost")
+
+
+class _Calls:
+    """Notes the calls that it gets, and refuses some of them, by how often they were made."""
+
+    def __init__(self, *refused: tuple[str, int], error: type[BaseException] = Refused) -> None:
+        self.calls: list[str] = []
+        self._refused, self._error = refused, error
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        if (call, self.calls.count(call)) in self._refused:
+            raise self._error(f"{call} failed")
+
+    def start(self) -> None:
+        self._note("start")
+
+    def update(self, update_info: dict[str, Any]) -> None:
+        self._note(update_info["step"])
+
+    def finish(self, version: str | None) -> None:
+        self._note("finish" if version else "end")
+
+    def pause(self) -> None:
+        self._note("pause")
+
+    def resume(self) -> None:
+        self._note("resume")
+
+    def version(self) -> str:
+        return "default"
+
+    def is_paused(self) -> bool:
+        return False
+
+
+DONE = ["start", "prepare", "pause", "switch", "finish", "resume"]
+BASE = ["end", "start", "prepare", "switch", "finish", "resume"]
+
+
+def test_the_order_of_a_switch() -> None:
+    server = _Calls()
+    found = switch(server, ["a", "b"], rule="sum")
+    assert server.calls == DONE and found.tickets == ("a", "b") and found.rule == "sum"
+    assert status(_Version(found.version)).tickets == ("a", "b")
+    taking = _Calls()
+    switch(taking, [], take_over=True)
+    assert taking.calls == ["end", *DONE]
+
+
+@pytest.mark.parametrize("error", [Refused, KeyboardInterrupt])
+@pytest.mark.parametrize(("call", "num_done"), [("prepare", 2), ("pause", 3)])
+def test_what_fails_before_the_switch_leaves_the_server_running(
+    call: str, num_done: int, error: type[BaseException]
+) -> None:
+    server = _Calls((call, 1), error=error)
+    with pytest.raises(error, match=call):
+        switch(server, ["a"])
+    assert server.calls == [*DONE[:num_done], "end", "resume"]
+
+
+@pytest.mark.parametrize("error", [Refused, KeyboardInterrupt])
+def test_a_switch_that_fails_puts_the_base_back(error: type[BaseException]) -> None:
+    """An interrupt too: the server may have switched all the same."""
+    server = _Calls(("switch", 1), error=error)
+    with pytest.raises(error, match="switch"):
+        switch(server, ["a"])
+    assert server.calls == [*DONE[:4], *BASE]
+
+
+def test_a_base_that_does_not_come_back_leaves_the_server_paused() -> None:
+    server = _Calls(("switch", 1), ("switch", 2))
+    with pytest.raises(ServerBroken, match="stays paused"):
+        switch(server, ["a"])
+    assert server.calls == [*DONE[:4], *BASE[:4]]
+
+
+def test_a_broken_server_has_an_exit_status_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lota.serve.Server", lambda *_, **__: _Calls(("switch", 1), ("switch", 2)))
+    assert main(["serve", "http://127.0.0.1:1", "--base"]) == 3
+    assert "stays paused" in capsys.readouterr().err
