@@ -169,11 +169,25 @@ def _changes(base: Path, tickets: Sequence[Ticket], trust_remote_code: bool, ver
         made = done.pop(key)
         if made is None or made.dtype != stored.dtype or made.shape != stored.shape:
             raise ValueError(f"{key} of {base} changes its dtype or shape: a patch keeps both. Use lota apply")
-        where = changed_positions(made, stored)
+        where = _changed(placed, checkpoint, key, made, stored)
         if where.numel():
             entries = Entries(where, made.reshape(-1)[where], stored.reshape(-1)[where])
             yield Change(key, tuple(stored.shape), entries)
     _check_all_edited(placed, base)
+
+
+def _changed(placed: Sequence[_Placed], checkpoint: Checkpoint, key: str, made: Tensor, stored: Tensor) -> Tensor:
+    """Flat positions of the entries of `key` whose bits differ, ascending. All are compared where the model makes its
+    tensor of several keys, else only the active ones."""
+    origin = checkpoint.origin(key)
+    if origin is None or origin.converter is not None:
+        return changed_positions(made, stored)
+    owned = [(on.ticket.mask, on.names.get(origin.names[0])) for on in placed]
+    active = [mask.indices(own) for mask, own in owned if own is not None and own in mask.names]
+    if not active:
+        return torch.empty(0, dtype=torch.int64)
+    where = torch.cat(active).sort().values if active[1:] else active[0]
+    return where[changed_positions(made.view(-1)[where], stored.reshape(-1)[where])]
 
 
 def revert_checkpoint(

@@ -80,15 +80,20 @@ def place(copy: Copy, entries: Entries) -> Entries:
     """Those of a tensor's entries that the copy has, by their positions in the memory that its target lies in.
 
     entries: by flat positions in the checkpoint's tensor, on the CPU. Values are cast to the memory's dtype, as the
-    copy does. NotPlainError where that memory holds anything but their base values, bit for bit.
+    copy does.
     """
     where, is_inside = _in_target(copy, entries.positions)
     memory = whole_memory(copy.target)
-    at = where[is_inside].to(memory.device)
+    at = where[is_inside].to(memory.device, torch.int32 if memory.numel() < 1 << 31 else torch.int64)
     values, base = (tensor[is_inside].to(memory.device, memory.dtype) for tensor in (entries.values, entries.base))
-    if not _same_bits(memory[at], base):
-        raise NotPlainError("the model's memory does not hold the base's values in this order")
-    return Entries(at.to(torch.int32) if memory.numel() < 1 << 31 else at, values, base)
+    return Entries(at, values, base)
+
+
+def not_base(memory: Tensor, entries: Entries) -> Tensor:
+    """The positions of those entries where the memory holds anything but the base's value, bit for bit."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[memory.dtype.itemsize]
+    there = memory[entries.positions.long()]
+    return entries.positions[there.view(bits) != entries.base.view(bits)]
 
 
 def _in_target(copy: Copy, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,8 +121,3 @@ def whole_memory(tensor: Tensor) -> Tensor:
     storage = tensor.untyped_storage()
     numel = storage.nbytes() // tensor.element_size()
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, (numel,), (1,))
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
-    return one.dtype == other.dtype and torch.equal(one.view(bits), other.view(bits))

@@ -25,7 +25,7 @@ from lota.delivery.model_folder import read_tensors, weight_files
 from lota.delivery.stacking import Entries, shared_positions, sum_shared
 from lota.files import open_regular
 from lota.progress import Say, silent
-from lota.serve.placement import NotPlainError, place, record_copies, whole_memory
+from lota.serve.placement import NotPlainError, not_base, place, record_copies, whole_memory
 from lota.ticket import Ticket
 from lota.ticket.hub import local_directory
 from lota.ticket.manifest import MANIFEST_NAME
@@ -155,6 +155,7 @@ class ServedModel:
                     memory = whole_memory(copy.target)
                     self._memory[memory.data_ptr()] = memory
                     found = place(copy, entries)
+                    self._check_base(name, memory, found)
                     num_found += found.positions.numel()
                     parts.setdefault(memory.data_ptr(), []).append(found)
                 if self._is_whole and num_found < entries.positions.numel():
@@ -165,6 +166,15 @@ class ServedModel:
             self._memory.clear()
             return None
         return {key: Entries(*map(torch.cat, zip(*pieces))) for key, pieces in parts.items()}
+
+    def _check_base(self, name: str, memory: Tensor, entries: Entries) -> None:
+        """NotPlainError where the memory holds neither the base nor, maybe, the value of a ticket that is on."""
+        wrong = not_base(memory, entries)
+        for held in self._on:
+            if held.is_in_place and memory.data_ptr() in held.entries:
+                wrong = wrong[~torch.isin(wrong, held.entries[memory.data_ptr()].positions)]
+        if wrong.numel():
+            raise NotPlainError(f"{name}: the server's memory does not hold the base's values in this order")
 
     def _write(self, before: Sequence[_Held], wanted: Sequence[_Held], rule: str) -> None:
         """Assign the base's values of `before`, then the values of `wanted`."""

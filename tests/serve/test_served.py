@@ -92,6 +92,21 @@ def test_switches_in_any_order(folder: Path, rank: int, is_plain: bool) -> None:
     assert (served.num_reloads == 0) is is_plain
 
 
+def test_a_ticket_is_placed_while_another_is_on_its_entries(folder: Path) -> None:
+    """Still in place; entries that are neither the base's nor a ticket's are not taken for plain."""
+    served = Rank(folder / "base")
+    served.switch(folder, "A")
+    served.switch(folder, "C")
+    assert served.served.is_in_place
+    served.switch(folder)
+    assert served.has(load_checkpoint(folder / "base"))
+    other = Rank(folder / "base")
+    for parameter in other.model.parameters():
+        parameter.data.view(-1).copy_(parameter.data.view(-1).flip(0).clone())
+    other.switch(folder, "A")
+    assert not other.served.is_in_place and other.has(load_checkpoint(folder / "applied-A"))
+
+
 @pytest.mark.parametrize("is_plain", [True, False])
 @pytest.mark.parametrize("rule", ["last", "sum"])
 def test_shared_entries(folder: Path, rule: str, is_plain: bool) -> None:
