@@ -27,6 +27,9 @@ answers computed before training."""
 TICKET_FORMS = ("plain", "values", "packed")
 """Values and base values; values, and the difference to the base's; the difference alone, which needs the base (or the
 tuned model) to be read."""
+STACKING_RULES = ("refuse", "last", "sum")
+"""What an entry gets that several tickets have which are on a model at once: a ValueError; the last ticket's value; the
+base's value + the sum of the differences."""
 
 DENSITY = 0.1
 SCORE = "task_vector"

@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optim": {"messages", "schedule", "ticket", "kernels"},
     "retention": {"files", "messages", "selection", "ticket", "kernels"},
     "delivery": {
-        *("architecture", "checkpoint_keys", "files", "messages", "progress", "retention", "tensor_names", "ticket"),
+        *("architecture", "checkpoint_keys", "choices", "files", "messages", "progress", "retention", "tensor_names"),
+        *("ticket",),
     },
     "algebra": {"architecture", "checkpoint_keys", "delivery", "progress", "selection", "tensor_names", "ticket"},
     "zero.checkpoint": {"files", "ranks", "ticket"},
@@ -62,6 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("progress", "retention"),
     },
     "wrap": {"blocks", "choices", "files", "retention", "ticket"},
+    "serve": {"choices", "delivery", "files", "messages", "progress", "ticket"},
     "demo": {"evaluate", "data", "delivery", "packaged", "ticket"},
     "study": {
         *("demo", "sequence", "train", "evaluate", "retention", "algebra", "delivery", "data", "selection", "ticket"),

@@ -33,6 +33,7 @@ from lota.cli import (
     report,
     revert,
     run,
+    serve,
     study,
     verify,
 )
@@ -44,7 +45,7 @@ COMMANDS = (
     *(plan, config, inspect, apply, revert, verify, export),
     *(diff, extract, merge, overlap, change, mask),
     *(ledger, matrix),
-    *(run, push, report, demo, study),
+    *(run, push, serve, report, demo, study),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from lota.delivery.card import CARD_NAME, is_card, merged_card
 from lota.delivery.live import check_disjoint, check_dtype, check_frozen, check_is_base, flatten, grown, rounded
 from lota.delivery.model_folder import read_tensor, stored_dtypes
 from lota.delivery.rewrite import Checkpoint, Edit, changed_positions, check_complete, edited, rewrite
+from lota.delivery.stacking import Entries
 from lota.files import new_folder, read_json_object
 from lota.progress import Say, silent
 from lota.tensor_names import find_names, need_names
@@ -31,10 +32,12 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 @dataclass
 class Verified:
     """What was held against the base's fingerprints: names of the model's tensors. not_compared: those that the tickets
-    do not know (of format version 1), or that the files hold in another form (quantized)."""
+    do not know (of format version 1), or that the files hold in another form (quantized). fingerprints: of compared
+    tensors, with their dtype; a tensor that is known is not read through again."""
 
     compared: set[str] = field(default_factory=set)
     not_compared: set[str] = field(default_factory=set)
+    fingerprints: dict[str, tuple[torch.dtype, str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if not self.compared:
@@ -121,18 +124,43 @@ def checkpoint_patches(
     on the way as `apply_to_checkpoint` does. ValueError where a patch cannot say it: tensors or rows that the base does
     not have, and a base that is stored in another dtype than it was trained in.
     """
+    patches = []
+    for key, shape, entries in _changes(Path(base), tickets, trust_remote_code, Verified()):
+        values = entries.base if reverse else entries.values
+        patches.append(Patch(key, shape, values.dtype, values, entries.positions))
+    return patches
+
+
+class Change(NamedTuple):
+    """The entries of one tensor of a checkpoint folder whose bits a ticket changes, with both values. name: the key in
+    the files; entries: int64 flat positions, ascending, and values in the stored dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    entries: Entries
+
+
+def checkpoint_changes(
+    base: str | os.PathLike[str], ticket: Ticket, *, verified: Verified | None = None, trust_remote_code: bool = False
+) -> list[Change]:
+    """`checkpoint_patches` of one ticket, both ways at once, with the same checks and errors. verified: of earlier
+    calls for the same files, which did not change since; this call's is added."""
+    return list(_changes(Path(base), [ticket], trust_remote_code, Verified() if verified is None else verified))
+
+
+def _changes(base: Path, tickets: Sequence[Ticket], trust_remote_code: bool, verified: Verified) -> Iterator[Change]:
+    """Every tensor of the files that the tickets change; the whole base is verified once all were asked for."""
     check_disjoint(tickets)
-    checkpoint, placed = _open(Path(base), tickets, trust_remote_code)
+    checkpoint, placed = _open(base, tickets, trust_remote_code)
     for on in placed:
         if on.brought:
             raise ValueError(f"{base} does not have {min(on.brought)}: a patch changes what is there. Use lota apply")
-    _check_whole(checkpoint, Path(base), f"{_RANDOM}. Take the whole model as base")
+    _check_whole(checkpoint, base, f"{_RANDOM}. Take the whole model as base")
     cast, is_cast = _casting(checkpoint, placed, None, silent)
     if is_cast is not None:
         raise ValueError(f"{base} is stored in another dtype than {_plain(is_cast)}, in which the ticket was trained: "
                          "a patch keeps the dtype. Write the base in it with lota apply --dtype first")  # fmt: skip
-    edit, concerned = _editor(placed, Verified()), {name for on in placed for name in on.names}
-    patches: list[Patch] = []
+    edit, concerned = _editor(placed, verified), {name for on in placed for name in on.names}
     done: dict[str, Tensor | None] = {}
     for key in sorted(checkpoint.homes):
         stored = read_tensor(checkpoint.homes[key], key)
@@ -141,12 +169,25 @@ def checkpoint_patches(
         made = done.pop(key)
         if made is None or made.dtype != stored.dtype or made.shape != stored.shape:
             raise ValueError(f"{key} of {base} changes its dtype or shape: a patch keeps both. Use lota apply")
-        where = changed_positions(made, stored)
+        where = _changed(placed, checkpoint, key, made, stored)
         if where.numel():
-            values = (stored if reverse else made).reshape(-1)[where]
-            patches.append(Patch(key, tuple(stored.shape), stored.dtype, values, where))
-    _check_all_edited(placed, Path(base))
-    return patches
+            entries = Entries(where, made.reshape(-1)[where], stored.reshape(-1)[where])
+            yield Change(key, tuple(stored.shape), entries)
+    _check_all_edited(placed, base)
+
+
+def _changed(placed: Sequence[_Placed], checkpoint: Checkpoint, key: str, made: Tensor, stored: Tensor) -> Tensor:
+    """Flat positions of the entries of `key` whose bits differ, ascending. All are compared where the model makes its
+    tensor of several keys, else only the active ones."""
+    origin = checkpoint.origin(key)
+    if origin is None or origin.converter is not None:
+        return changed_positions(made, stored)
+    owned = [(on.ticket.mask, on.names.get(origin.names[0])) for on in placed]
+    active = [mask.indices(own) for mask, own in owned if own is not None and own in mask.names]
+    if not active:
+        return torch.empty(0, dtype=torch.int64)
+    where = torch.cat(active).sort().values if active[1:] else active[0]
+    return where[changed_positions(made.view(-1)[where], stored.reshape(-1)[where])]
 
 
 def revert_checkpoint(
@@ -307,12 +348,18 @@ def _facts(tickets: Sequence[Ticket]) -> dict[str, Any]:
 
 def _verify(on: _Placed, own: str, name: str, tensor: Tensor, verified: Verified) -> None:
     """ValueError unless the tensor, in the base's state, has the fingerprint that the ticket knows."""
-    base = on.ticket.mask.identity(own)
-    if own not in on.active:
-        is_compared = check_frozen(on.ticket.mask, own, tensor)
+    mask, base = on.ticket.mask, on.ticket.mask.identity(own)
+    known = verified.fingerprints.get(name)
+    if known is not None and known[0] == tensor.dtype and base is not None and base.rows is None:
+        mask.check_base(own, tuple(tensor.shape), str(tensor.dtype), known[1])
+        is_compared = True
+    elif own not in on.active:
+        is_compared = check_frozen(mask, own, tensor)
     else:
         is_compared = base is not None
-        check_is_base(on.ticket.mask, own, tensor)
+        check_is_base(mask, own, tensor)
+    if is_compared and base is not None and base.rows is None and str(tensor.dtype) == f"torch.{base.dtype}":
+        verified.fingerprints[name] = tensor.dtype, base.fingerprint
     (verified.compared if is_compared else verified.not_compared).add(name)
 
 
