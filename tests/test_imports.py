@@ -61,6 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("train", "evaluate", "run", "algebra", "choices", "data", "delivery", "ticket", "ranks", "files", "messages"),
         *("progress", "retention"),
     },
+    "serve": {"choices", "delivery", "files", "messages", "progress", "ticket"},
     "demo": {"evaluate", "data", "delivery", "packaged", "ticket"},
     "study": {
         *("demo", "sequence", "train", "evaluate", "retention", "algebra", "delivery", "data", "selection", "ticket"),

@@ -32,6 +32,7 @@ from lota.cli import (
     push,
     report,
     revert,
+    serve,
     study,
     verify,
 )
@@ -43,7 +44,7 @@ COMMANDS = (
     *(plan, config, inspect, apply, revert, verify, export),
     *(diff, extract, merge, overlap, change, mask),
     *(ledger, matrix),
-    *(push, report, demo, study),
+    *(push, serve, report, demo, study),
 )
 
 

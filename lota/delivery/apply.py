@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from lota.delivery.card import CARD_NAME, is_card, merged_card
 from lota.delivery.live import check_disjoint, check_dtype, check_frozen, check_is_base, flatten, grown, rounded
 from lota.delivery.model_folder import read_tensor, stored_dtypes
 from lota.delivery.rewrite import Checkpoint, Edit, changed_positions, check_complete, edited, rewrite
+from lota.delivery.stacking import Entries
 from lota.files import new_folder, read_json_object
 from lota.progress import Say, silent
 from lota.tensor_names import find_names, need_names
@@ -121,18 +122,42 @@ def checkpoint_patches(
     on the way as `apply_to_checkpoint` does. ValueError where a patch cannot say it: tensors or rows that the base does
     not have, and a base that is stored in another dtype than it was trained in.
     """
+    patches = []
+    for key, shape, entries in _changes(Path(base), tickets, trust_remote_code):
+        values = entries.base if reverse else entries.values
+        patches.append(Patch(key, shape, values.dtype, values, entries.positions))
+    return patches
+
+
+class Change(NamedTuple):
+    """The entries of one tensor of a checkpoint folder whose bits a ticket changes, with both values. name: the key in
+    the files; entries: int64 flat positions, ascending, and values in the stored dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    entries: Entries
+
+
+def checkpoint_changes(
+    base: str | os.PathLike[str], ticket: Ticket, *, trust_remote_code: bool = False
+) -> list[Change]:
+    """`checkpoint_patches` of one ticket, both ways at once, with the same checks and errors."""
+    return list(_changes(Path(base), [ticket], trust_remote_code))
+
+
+def _changes(base: Path, tickets: Sequence[Ticket], trust_remote_code: bool) -> Iterator[Change]:
+    """Every tensor of the files that the tickets change; the whole base is verified once all were asked for."""
     check_disjoint(tickets)
-    checkpoint, placed = _open(Path(base), tickets, trust_remote_code)
+    checkpoint, placed = _open(base, tickets, trust_remote_code)
     for on in placed:
         if on.brought:
             raise ValueError(f"{base} does not have {min(on.brought)}: a patch changes what is there. Use lota apply")
-    _check_whole(checkpoint, Path(base), f"{_RANDOM}. Take the whole model as base")
+    _check_whole(checkpoint, base, f"{_RANDOM}. Take the whole model as base")
     cast, is_cast = _casting(checkpoint, placed, None, silent)
     if is_cast is not None:
         raise ValueError(f"{base} is stored in another dtype than {_plain(is_cast)}, in which the ticket was trained: "
                          "a patch keeps the dtype. Write the base in it with lota apply --dtype first")  # fmt: skip
     edit, concerned = _editor(placed, Verified()), {name for on in placed for name in on.names}
-    patches: list[Patch] = []
     done: dict[str, Tensor | None] = {}
     for key in sorted(checkpoint.homes):
         stored = read_tensor(checkpoint.homes[key], key)
@@ -143,10 +168,9 @@ def checkpoint_patches(
             raise ValueError(f"{key} of {base} changes its dtype or shape: a patch keeps both. Use lota apply")
         where = changed_positions(made, stored)
         if where.numel():
-            values = (stored if reverse else made).reshape(-1)[where]
-            patches.append(Patch(key, tuple(stored.shape), stored.dtype, values, where))
-    _check_all_edited(placed, Path(base))
-    return patches
+            entries = Entries(where, made.reshape(-1)[where], stored.reshape(-1)[where])
+            yield Change(key, tuple(stored.shape), entries)
+    _check_all_edited(placed, base)
 
 
 def revert_checkpoint(

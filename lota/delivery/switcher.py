@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lota.delivery.live import check_disjoint, locate_entries, tensor_mode
+from lota.delivery.stacking import RULES, Entries, sum_shared
 from lota.ticket import Ticket
-
-RULES = ("refuse", "last", "sum")
 
 
 @dataclass(frozen=True)
@@ -130,21 +129,10 @@ class TicketSwitcher:
                 by_tensor.setdefault(part.name, []).append(part)
         writes = []
         for parts in by_tensor.values():
-            if len(parts) < 2:
-                continue
-            places, counts = torch.cat([part.positions for part in parts]).unique(return_counts=True)
-            shared = places[counts > 1]
-            if not shared.numel():
-                continue
-            total = torch.zeros(shared.numel(), dtype=torch.float32, device=shared.device)
-            base = torch.empty(shared.numel(), dtype=parts[0].base.dtype, device=shared.device)
-            for part in parts:
-                at = torch.searchsorted(shared, part.positions).clamp_(max=shared.numel() - 1)
-                inside = shared[at] == part.positions
-                base[at[inside]] = part.base[inside]
-                total.index_add_(0, at[inside], part.values[inside].float() - part.base[inside].float())
-            made = (base.float() + total).to(base.dtype)
-            writes.append((_Entries(parts[0].name, parts[0].flat, shared, made, base), made))
+            if len(parts) > 1:
+                made = sum_shared([Entries(part.positions, part.values, part.base) for part in parts])
+                first = parts[0]
+                writes.append((_Entries(first.name, first.flat, made.positions, made.values, made.base), made.values))
         return writes
 
     def _known(self, name: str) -> None:
