@@ -262,7 +262,15 @@ def resolve(
 
 _AT_LEAST_ONE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    *("max_length", "max_completion_length", "save_steps", "eval_steps", "logging_steps", "max_prompt_length", "save_total_limit"),
+    *(
+        "max_length",
+        "max_completion_length",
+        "save_steps",
+        "eval_steps",
+        "logging_steps",
+        "max_prompt_length",
+        "save_total_limit",
+    ),
 )
 _NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "warmup_steps", "warmup_ratio", "label_smoothing_factor")
 

@@ -16,8 +16,8 @@ from lota.run.folder import RunFolder
 from lota.run.options import Config
 from lota.run.resolve import RunOptions
 from lota.ticket import Mask
-from lota.train.policy_server import server_of
 from lota.train.phase import Phase, timed
+from lota.train.policy_server import server_of
 
 
 def calibrate(

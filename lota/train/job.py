@@ -266,10 +266,14 @@ def deliver_ticket(job: Job, trained: Trained) -> None:
         {
             "density asked": options.calibration.density if options.calibration else None,
             "calibration steps": job.summary.get("calibration", {}).get("steps"),
-            **({} if options.is_policy else {
-                "evaluation loss before": facts.get("eval_loss_before"),
-                "evaluation loss after": facts.get("eval_loss"),
-            }),
+            **(
+                {}
+                if options.is_policy
+                else {
+                    "evaluation loss before": facts.get("eval_loss_before"),
+                    "evaluation loss after": facts.get("eval_loss"),
+                }
+            ),
             "reward before": facts.get("eval_reward_before", facts.get("reward_at_start")),
             "reward after": facts.get("eval_reward", facts.get("reward_at_end")),
             "training loss at the last step": facts["last_step_loss"],

@@ -68,7 +68,7 @@ class Phase:
         TrainingArguments for this phase only. Arguments are made afresh for each phase, because DeepSpeed's "auto"
         values are filled into them."""
         train, evaluation = data
-        self.name = name
+        self.name, self._server = name, server
         where = folder.checkpoints_of(name)
         self._checkpoint = folder.resume.of_phase(where)
         self._log = Log(name, folder, 0 if self._checkpoint is None else step_of(self._checkpoint))
@@ -208,6 +208,8 @@ class Phase:
             if "eval_reward" in scores:
                 facts |= {"eval_reward_before": self._log.first_eval_reward, "eval_reward": scores["eval_reward"]}
             self._leave_if_complete()
+        if self._server is not None:
+            facts["server"] = self._server.facts
         facts["seconds"] = round(time.monotonic() - started, 2)
         print_once(f"{self.name}: {losses_line(facts)}")
         return facts
@@ -237,7 +239,10 @@ class Phase:
             self.folder.write_examples(trained_tokens.render(tokenizer, found))
 
     def close(self) -> None:
-        """Destroy the engine and drop model and optimizer, so that the next phase has the memory."""
+        """Destroy the engine and drop model and optimizer, so that the next phase has the memory. A server has its base
+        afterwards. Collective."""
+        if self._server is not None:
+            self._server.close()
         for model in (self.trainer, getattr(self.trainer, "ref_model", None)):
             engine = getattr(model, "deepspeed", None) if model is self.trainer else model
             if engine is not None and not isinstance(engine, SelfReference):

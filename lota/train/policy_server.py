@@ -82,9 +82,6 @@ class PolicyServer(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._update(state.global_step)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The last evaluation is still to come, with the last ticket; `close` puts the base back."""
-
     def close(self) -> None:
         """Put the base back and remove the tickets. Collective."""
         if self._ticket is not None:

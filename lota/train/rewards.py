@@ -76,7 +76,7 @@ def try_out(rewards: Sequence[Reward], rows: Dataset) -> None:
             reward(prompts, answers, **{REST: first[REST]}, **_as_in_training(len(prompts)))
         except ValueError as error:
             raise error if str(error).startswith("reward ") else _failed(reward, error) from error
-        except Exception as error:  # noqa: BLE001 (whatever the user's function raises)
+        except Exception as error:
             raise _failed(reward, error) from error
 
 
@@ -90,7 +90,9 @@ def _as_in_training(count: int) -> dict[str, Any]:
 
 
 def _failed(reward: Reward, error: Exception) -> ValueError:
-    return ValueError(f"reward {reward._spec} failed on an empty answer to a first row: {type(error).__name__}: {error}")
+    return ValueError(
+        f"reward {reward._spec} failed on an empty answer to a first row: {type(error).__name__}: {error}"
+    )
 
 
 def _function(spec: str) -> Callable[..., Any]:
@@ -108,7 +110,7 @@ def _function(spec: str) -> Callable[..., Any]:
     sys.modules[module_name] = module  # as dataclasses and pickle want it
     try:
         loading.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 (whatever the user's file raises)
+    except Exception as error:
         raise ValueError(f"reward {spec}: {path} cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if function is None:
