@@ -7,9 +7,9 @@
     CPU ranks    OMP_NUM_THREADS=1 deepspeed --num_gpus 2 recipes/train_grpo.py --config recipes/configs/grpo_small.yaml
 
 The flow, the options and the outputs are those of train_lota.py, with TRL's GRPOConfig in place of SFTConfig, rows of
-prompt, and reward: FILE.py:function, which judges the model's answers and gets all other fields of the rows. Calibration
-scores weights by the gradient of the GRPO loss itself. With a beta the reference is the model with the base's values put
-back. docs/grpo.md has the details. Installed, the same job is `lota grpo`.
+prompt, and reward: FILE.py:function, which judges the model's answers and gets all other fields of the rows.
+Calibration scores weights by the gradient of the GRPO loss itself. With a beta the reference is the model with the
+base's values put back. docs/grpo.md has the details. Installed, the same job is `lota grpo`.
 """
 
 from __future__ import annotations

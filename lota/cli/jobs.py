@@ -77,9 +77,8 @@ lota evaluate --config run.yaml --tickets runs/mine/ticket --metrics loss exact 
     evaluate.add_argument("--config", metavar="FILE", help="YAML file with options, which may be a training run's")
     add_fields(evaluate, EvaluateArguments)
     _add_sequence(commands)
-    return {
-        "train": _train, "dpo": _dpo, "grpo": _grpo, "calibrate": _calibrate, "sequence": _sequence, "evaluate": _evaluate
-    }  # fmt: skip
+    own = {"calibrate": _calibrate, "sequence": _sequence, "evaluate": _evaluate}
+    return {"train": _train, "dpo": _dpo, "grpo": _grpo, **own}
 
 
 def _add_sequence(commands: Any) -> None:

@@ -118,7 +118,7 @@ class LotaArguments(SourceArguments):
     reference: str | None = field(
         default=None,
         metadata={
-            "help": "Of preferences and of GRPO: ticket (the base's values put back for a forward pass), model (a second "
+            "help": "Of preferences and GRPO: ticket (the base's values put back for a forward pass), model (a second "
             "one) or, of preferences, precompute (ticket for method lota, else model)."
         },
     )
@@ -136,7 +136,8 @@ class LotaArguments(SourceArguments):
     server_check_steps: int | None = field(
         default=None,
         metadata={
-            "help": f"Compare its log-probabilities with the trainer's every so many steps ({choices.SERVER_CHECK_STEPS})."
+            "help": "Compare its log-probabilities with the trainer's every so many steps "
+            f"({choices.SERVER_CHECK_STEPS})."
         },
     )
     server_tolerance: float | None = field(
@@ -159,6 +160,8 @@ class LotaArguments(SourceArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.retain, self.kept = _listed(self.retain), _listed(self.kept)
+        if isinstance(self.reward, str):  # of the config file
+            self.reward = [self.reward]
 
 
 def _listed(given: list[Any] | str | None) -> list[Any] | None:

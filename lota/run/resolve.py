@@ -338,14 +338,14 @@ _SERVER = ("server_check_steps", "server_tolerance")
 
 
 def _check_policy(args: LotaArguments, config: PolicyConfig, given: set[str]) -> None:
-    """ValueError for options of TRL's GRPO that are not read here, or cannot be. given: the names that the user gave."""
+    """ValueError for options of TRL's GRPO that are not read here, or cannot be. given: names that the user gave."""
     refused = {
         "use_vllm": "TRL's vLLM lives in the trainer's environment: give server: URL",
         "use_transformers_continuous_batching": "it moves the gathered weights, which ZeRO-3 shares out again",
         "use_transformers_paged": "it moves the gathered weights, which ZeRO-3 shares out again",
         "cast_lm_head_to_fp32": "it changes the dtype of a weight under ZeRO-3",
         "generation_batch_size": "it follows from steps_per_generation",
-        "global_batch_size": "a step's completions are per_device_train_batch_size x gradient_accumulation_steps x ranks",
+        "global_batch_size": "give gradient_accumulation_steps",
         "train_sampling_strategy": "prompts are shuffled by shuffle_dataset",
         "model_init_kwargs": "the model is loaded by lota's own options",
     } | {name: "it belongs to use_vllm" for name in given if name.startswith("vllm_")}

@@ -1,4 +1,4 @@
-"""A vLLM server that writes the answers of GRPO in an environment of its own, and has the trainer's ticket at every step.
+"""A vLLM server that writes GRPO's answers in an environment of its own, and has the trainer's ticket at every step.
 
     before anything is loaded   it is there, is lota's, and gets its base back
     before the first step       it takes a ticket of the untrained values, which only a server of this base does

@@ -1,4 +1,4 @@
-"""Rewards: functions of the user's files that judge the model's answers, tried on the first rows before anything runs."""
+"""Rewards: functions of the user's files that judge the model's answers, tried on a few rows before anything runs."""
 
 from __future__ import annotations
 

@@ -11,6 +11,9 @@ import pytest
 import torch
 import yaml
 
+from lota.run.folder import resolved
+from lota.run.options import PolicyConfig, parse
+from lota.run.resolve import resolve
 from lota.ticket import Ticket
 from tests.train import jobs
 from tests.zero.trainers import make_base
@@ -55,7 +58,6 @@ def run(ranks, base: Path, name: str, *options: str, world: int = 2) -> Path:
         "train_file": base / "prompts.jsonl",
         "output_dir": base / name,
         "reward": f"{base / 'rewards.py'}:animals",
-        "calibration_steps": 2,
         "max_steps": 4,
         "learning_rate": 1e-2,
         "per_device_train_batch_size": 8,
@@ -63,6 +65,8 @@ def run(ranks, base: Path, name: str, *options: str, world: int = 2) -> Path:
         "max_completion_length": 8,
         "logging_steps": 1,
     }
+    if "--method" not in options:
+        settings["calibration_steps"] = 2
     argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     ranks(world).run(jobs.run_recipe, "train_grpo", [*argv, *options])
     return base / name
@@ -73,10 +77,12 @@ def logged(output: Path, name: str) -> list[float]:
     return [row[name] for row in rows if name in row and row["phase"] == "train"]
 
 
+KL = ("--beta", "0.1", "--max_steps", "5", "--eval_rows", "4", "--per_device_eval_batch_size", "8")
+
+
 @pytest.fixture(scope="module")
 def itself(ranks, base: Path) -> Path:
-    return run(ranks, base, "itself", "--beta", "0.1", "--save_steps", "2", "--max_steps", "5", "--eval_rows", "8",
-               "--per_device_eval_batch_size", "8")  # fmt: skip
+    return run(ranks, base, "itself", *KL)
 
 
 def test_a_run_ends_with_a_ticket_and_the_rewards_before_and_after(itself: Path) -> None:
@@ -89,22 +95,30 @@ def test_a_run_ends_with_a_ticket_and_the_rewards_before_and_after(itself: Path)
     assert "reward after" in (itself / "ticket" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("options", [(), ("--gradient_checkpointing", "true", "--shard_group_size", "1")])
-def test_the_model_itself_is_as_good_a_reference_as_a_second_one(ranks, base: Path, options: tuple[str, ...]) -> None:
-    name = "checkpointed" if options else "plain"
-    options = (*options, "--beta", "0.1", "--max_steps", "6")
-    one = run(ranks, base, f"itself_{name}", *options)
-    two = run(ranks, base, f"second_{name}", *options, "--reference", "model")
-    assert logged(one, "loss") == logged(two, "loss") and len(set(logged(one, "loss"))) == 6
-    assert logged(one, "kl") == logged(two, "kl") and logged(one, "kl")[0] == 0 < logged(one, "kl")[-1]
-    first, second = Ticket.load(one / "ticket"), Ticket.load(two / "ticket")
-    assert all(torch.equal(first.values(name), second.values(name)) for name in first.names)
+def check_equal(itself: Path, second: Path, steps: int) -> None:
+    assert logged(itself, "loss") == logged(second, "loss") and len(set(logged(itself, "loss"))) == steps
+    assert logged(itself, "kl") == logged(second, "kl") and logged(itself, "kl")[0] == 0 < logged(itself, "kl")[-1]
+    one, two = Ticket.load(itself / "ticket"), Ticket.load(second / "ticket")
+    assert one.mask == two.mask
+    assert all(torch.equal(one.values(name), two.values(name)) for name in one.names)
+
+
+def test_the_model_itself_is_a_reference_like_a_second_one(ranks, base: Path, itself: Path) -> None:
+    check_equal(itself, run(ranks, base, "second", *KL, "--reference", "model"), 5)
+
+
+@pytest.mark.slow
+def test_so_it_is_with_checkpointing_and_a_copy_on_every_rank(ranks, base: Path) -> None:
+    options = ("--gradient_checkpointing", "true", "--shard_group_size", "1", "--beta", "0.1")
+    one = run(ranks, base, "itself_whole", *options)
+    check_equal(one, run(ranks, base, "second_whole", *options, "--reference", "model"), 4)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_rivals_train_on_a_reward_too(ranks, base: Path, method: str) -> None:
     two = (f"{base / 'rewards.py'}:animals", f"{base / 'rewards.py'}:short", "--reward_weights", "1", "0.5")
-    output = run(ranks, base, method, "--method", method, "--beta", "0.1", "--max_steps", "3", "--reward", *two)
+    options = ("--method", method, "--beta", "0.1", "--max_steps", "3", "--reward", *two)
+    output = run(ranks, base, method, *options, world=1)
     assert len(logged(output, "reward")) == 3 and logged(output, "kl")[0] == pytest.approx(0, abs=1e-6)
     parts = [logged(output, f"rewards/{name}/mean") for name in ("animals", "short")]
     assert logged(output, "reward") == pytest.approx([a + b / 2 for a, b in zip(*parts)], abs=1e-6)
@@ -116,30 +130,27 @@ def test_a_run_that_stopped_after_a_checkpoint_gives_the_same_ticket(ranks, base
     """In the second epoch, and between two steps on the same answers."""
     options = ("--save_steps", "3", "--max_steps", "7", "--train_file", str(base / "few.jsonl"), "--beta", "0.1",
                "--num_generations", "8", "--steps_per_generation", "1")  # fmt: skip
-    straight = run(ranks, base, "straight", *options)
+    straight = run(ranks, base, "straight", *options, world=1)
     stopped = base / "stopped"
     stopped.mkdir()
     for name in ("config.yaml", "run.json", "metrics.jsonl", "calibration.json"):
         shutil.copy(straight / name, stopped / name)
     for name in ("mask", "checkpoint-6"):
         shutil.copytree(straight / name, stopped / name)
-    run(ranks, base, "stopped", *options, "--resume_from_checkpoint", "true")
+    run(ranks, base, "stopped", *options, "--resume_from_checkpoint", "true", world=1)
     assert jobs.summary(stopped)["training"]["resumed_from_step"] == 6
     assert logged(stopped, "reward") == logged(straight, "reward")
     one, two = Ticket.load(straight / "ticket"), Ticket.load(stopped / "ticket")
     assert all(torch.equal(one.values(name), two.values(name)) for name in one.names)
 
 
-def test_config_yaml_starts_the_same_run_again(ranks, base: Path, itself: Path) -> None:
-    written = yaml.safe_load((itself / "config.yaml").read_text(encoding="utf-8"))
+def test_config_yaml_holds_the_options_and_nothing_that_follows_from_them(itself: Path) -> None:
+    path = itself / "config.yaml"
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert "generation_batch_size" not in written and "steps_per_generation" not in written
-    again = base / "again"
-    ranks(2).run(
-        jobs.run_recipe, "train_grpo", ["--config", str(itself / "config.yaml"), "--output_dir", str(again)]
-    )
-    assert logged(again, "loss") == logged(itself, "loss")
-    for name in ("ticket.safetensors", "ticket.json"):
-        assert (again / "ticket" / name).read_bytes() == (itself / "ticket" / name).read_bytes()
+    argv = ["--config", str(path)]
+    args, config = parse(argv, PolicyConfig)
+    assert resolved(resolve(args, config, argv=argv), config) == written
 
 
 @pytest.mark.parametrize(
@@ -175,6 +186,7 @@ def test_what_cannot_be_is_refused_by_name(ranks, base: Path, options: tuple[str
 
 
 def test_other_jobs_have_no_reward(ranks, base: Path) -> None:
-    argv = ["--model_name_or_path", str(base), "--train_file", str(base / "rows.jsonl"), "--output_dir", str(base / "n")]
-    with pytest.raises(ValueError, match="only lota grpo trains on a reward, so reward would be ignored"):
+    files = {"model_name_or_path": base, "train_file": base / "rows.jsonl", "output_dir": base / "none"}
+    argv = [word for key, value in files.items() for word in (f"--{key}", str(value))]
+    with pytest.raises(Exception, match="only lota grpo trains on a reward, so reward would be ignored"):
         ranks(1).run(jobs.run_recipe, "train_lota", [*argv, "--reward", "rewards.py:animals"])
