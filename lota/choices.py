@@ -32,6 +32,9 @@ they may be apart, in nats a token."""
 TICKET_FORMS = ("plain", "values", "packed")
 """Values and base values; values, and the difference to the base's; the difference alone, which needs the base (or the
 tuned model) to be read."""
+STACKING_RULES = ("refuse", "last", "sum")
+"""What an entry gets that several tickets have which are on a model at once: a ValueError; the last ticket's value; the
+base's value + the sum of the differences."""
 
 DENSITY = 0.1
 SCORE = "task_vector"

@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optim": {"messages", "schedule", "ticket", "kernels"},
     "retention": {"files", "messages", "selection", "ticket", "kernels"},
     "delivery": {
-        *("architecture", "checkpoint_keys", "files", "messages", "progress", "retention", "tensor_names", "ticket"),
+        *("architecture", "checkpoint_keys", "choices", "files", "messages", "progress", "retention", "tensor_names"),
+        *("ticket",),
     },
     "algebra": {"architecture", "checkpoint_keys", "delivery", "progress", "selection", "tensor_names", "ticket"},
     "zero.checkpoint": {"files", "ranks", "ticket"},

@@ -8,9 +8,9 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from lota.choices import STACKING_RULES
 from lota.cli.parsers import add_command
 
-RULES = ("refuse", "last", "sum")
 _BROKEN = 3
 
 
@@ -42,7 +42,10 @@ lota serve http://127.0.0.1:8000 --base""",
     parser.add_argument("tickets", nargs="*", metavar="TICKET", help="ticket directories, or names on the hub")
     parser.add_argument("--base", action="store_true", help="take all tickets off")
     parser.add_argument(
-        "--rule", choices=RULES, default="refuse", help="what an entry gets that several tickets change (refuse)"
+        "--rule",
+        choices=STACKING_RULES,
+        default="refuse",
+        help="what an entry gets that several tickets change (refuse)",
     )
     parser.add_argument(
         "--take-over", action="store_true", help="end an update that another program began and left open"

@@ -8,9 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-RULES = ("refuse", "last", "sum")
-"""Of shared entries: a ValueError; the last ticket's value; base + the sum of the differences."""
-
 
 class Entries(NamedTuple):
     """Entries of one piece of memory. positions: int32 or int64 `[n]`, each once; values, base: `[n]` in the weights'

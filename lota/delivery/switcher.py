@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lota.choices import STACKING_RULES, check_choice
 from lota.delivery.live import check_disjoint, locate_entries, tensor_mode
-from lota.delivery.stacking import RULES, Entries, sum_shared
+from lota.delivery.stacking import Entries, sum_shared
 from lota.ticket import Ticket
 
 
@@ -51,8 +52,7 @@ class TicketSwitcher:
         the price of a transfer at every switch. rule: what an entry gets that several tickets on at once have: `refuse`
         (a ValueError), `last` (the last ticket's value), `sum` (base + the sum of the differences, in fp32, rounded).
         """
-        if rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+        check_choice("rule", rule, STACKING_RULES)
         self._model, self._rule = model, rule
         self._device = None if device is None else torch.device(device)
         self._held: dict[str, tuple[Ticket, list[_Entries]]] = {}

@@ -46,7 +46,6 @@ class Status:
 class Control(Protocol):
     """vLLM's calls. Refused, with the server's own words, where it does not do one."""
 
-    def init(self, init_info: dict[str, Any]) -> None: ...
     def start(self) -> None: ...
     def update(self, update_info: dict[str, Any]) -> None: ...
     def finish(self, version: str | None) -> None: ...
@@ -135,9 +134,6 @@ class OfflineServer:
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
-
-    def init(self, init_info: dict[str, Any]) -> None:
-        self._llm.init_weight_transfer_engine({"init_info": init_info})
 
     def start(self) -> None:
         self._llm.start_weight_update()

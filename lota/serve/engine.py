@@ -53,7 +53,8 @@ class TicketEngine(WeightTransferEngine[TicketInit, TicketUpdate]):
         super().__init__(*args, **kwargs)
         folder = locate(self.model_config.model, self.model_config.revision)
         load, say = self.model.load_weights, init_logger(f"vllm.{__name__}").info
-        self._served = ServedModel(folder, load, self._reload, self._is_plain, say=say)
+        is_whole = self.parallel_config.world_size == 1
+        self._served = ServedModel(folder, load, self._reload, self._is_plain, is_whole=is_whole, say=say)
 
     def init_transfer_engine(self, init_info: TicketInit) -> None:
         self._served.keep = init_info.keep
@@ -90,7 +91,8 @@ class TicketEngine(WeightTransferEngine[TicketInit, TicketUpdate]):
         for modules in _tied(self.model):
             for module in modules:
                 if _is_unquantized(module):
-                    module.quant_method.process_weights_after_loading(module)
+                    method: Any = module.quant_method
+                    method.process_weights_after_loading(module)
 
     def _is_plain(self, target: Tensor) -> bool:
         """Whether vLLM computes with this memory itself."""

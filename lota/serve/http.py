@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 START = (
-    "start it with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config '{\"backend\": \"lota\"}', in an environment "
+    'start it with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config \'{"backend": "lota"}\', in an environment '
     "that has lota (docs/serving.md)"
 )
 
@@ -37,9 +37,6 @@ class Server:
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ValueError(f"expected the address of a server, like http://127.0.0.1:8000, got {url!r}")
         self.url, self.timeout = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/"), timeout
-
-    def init(self, init_info: dict[str, Any]) -> None:
-        self.post("init_weight_transfer_engine", {"init_info": init_info})
 
     def start(self) -> None:
         self.post("start_weight_update", {})

@@ -49,6 +49,9 @@ def record_copies(
     return recorder.copies
 
 
+_FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
+
+
 class _Recorder(TorchDispatchMode):
     """Records copies out of `source`; any other write is an error, before it happens."""
 
@@ -66,16 +69,18 @@ class _Recorder(TorchDispatchMode):
                 raise NotPlainError(f"{tuple(piece.shape)} goes to {target.dtype} {tuple(target.shape)}")
             self.copies.append(Copy(piece.storage_offset(), tuple(piece.stride()), target.detach()))
             return target
-        if func._schema.is_mutable:
-            raise NotPlainError(f"the loader writes with {func}")
+        if func in _FILLS and args[1:] in ((), (0,)):
+            return args[0]  # padding, which no entry of the checkpoint is in
+        if func._schema.is_mutable or func is torch.ops.aten._local_scalar_dense.default:
+            raise NotPlainError(f"the loader uses {func}")
         return func(*args, **(kwargs or {}))
 
 
 def place(copy: Copy, entries: Entries) -> Entries:
     """Those of a tensor's entries that the copy has, by their positions in the memory that its target lies in.
 
-    entries: by flat positions in the checkpoint's tensor, on the CPU. Values are cast to the memory's dtype, as the copy
-    does. NotPlainError where that memory holds anything but their base values, bit for bit.
+    entries: by flat positions in the checkpoint's tensor, on the CPU. Values are cast to the memory's dtype, as the
+    copy does. NotPlainError where that memory holds anything but their base values, bit for bit.
     """
     where, is_inside = _in_target(copy, entries.positions)
     memory = whole_memory(copy.target)
@@ -90,7 +95,7 @@ def _in_target(copy: Copy, positions: Tensor) -> tuple[Tensor, Tensor]:
     """By flat position of the checkpoint's tensor: the place in the target's memory, and whether the copy has it."""
     rest = positions - copy.offset
     is_inside = rest >= 0
-    where = torch.full_like(rest, copy.target.storage_offset())
+    where = torch.full_like(rest, int(copy.target.storage_offset()))
     dims = [
         (stride, size, target)
         for size, stride, target in zip(copy.target.shape, copy.strides, copy.target.stride(), strict=True)

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lota.choices import check_choice
+from lota.choices import STACKING_RULES, check_choice
 from lota.delivery.apply import Change, checkpoint_changes
 from lota.delivery.live import tensor_mode
 from lota.delivery.model_folder import read_tensors, weight_files
-from lota.delivery.stacking import RULES, Entries, shared_positions, sum_shared
+from lota.delivery.stacking import Entries, shared_positions, sum_shared
 from lota.files import open_regular
 from lota.progress import Say, silent
 from lota.serve.placement import NotPlainError, place, record_copies, whole_memory
@@ -53,8 +53,8 @@ class ServedModel:
 
     load: the model's `load_weights`. reload: called with all tensors of the checkpoint, which loads them and does again
     what the server does after loading. is_plain: whether the server reads this memory of a parameter at every step, and
-    holds nothing that was made of it. keep: how many tickets stay in memory; a switch to one of them reads no values.
-    say: called with a line for every ticket that is read.
+    holds nothing that was made of it. is_whole: whether this rank holds all of the model. keep: how many tickets stay
+    in memory; a switch to one of them reads no values. say: called with a line for every ticket that is read.
     """
 
     def __init__(
@@ -64,10 +64,11 @@ class ServedModel:
         reload: Callable[[Weights], Any],
         is_plain: Callable[[Tensor], bool],
         *,
+        is_whole: bool = False,
         keep: int = 8,
         say: Say = silent,
     ) -> None:
-        self._say = say
+        self._is_whole, self._say = is_whole, say
         self._folder, self._load, self._reload, self._is_plain, self.keep = folder, load, reload, is_plain, keep
         self._files = _state_of(folder)
         self._memory: dict[int | str, Tensor] = {}
@@ -89,7 +90,7 @@ class ServedModel:
         rule is `refuse`.
         """
         self._next = None
-        check_choice("rule", rule, RULES)
+        check_choice("rule", rule, STACKING_RULES)
         if len(set(tickets)) != len(tickets):
             raise ValueError(f"expected every ticket once, got {', '.join(tickets)}")
         if _state_of(self._folder) != self._files:
@@ -131,7 +132,8 @@ class ServedModel:
         if held is None or held.identity != identity or held.is_in_place != self._is_in_place:
             changes = checkpoint_changes(self._folder, Ticket.load(path))
             entries = self._placed(changes) if self._is_in_place else None
-            found = entries if entries is not None else {change.name: change.entries for change in changes}
+            found: dict[int | str, Entries] = {change.name: change.entries for change in changes}
+            found = found if entries is None else entries
             held = _Held(path, identity, entries is not None, found)
             num_entries = sum(part.positions.numel() for part in found.values())
             self._say(f"{path}: {num_entries:,} entries, {'in place' if held.is_in_place else 'by loading again'}")
@@ -146,18 +148,23 @@ class ServedModel:
         parts: dict[int | str, list[Entries]] = {}
         try:
             for name, shape, entries in changes:
+                num_found = 0
                 for copy in record_copies(self._load, name, shape, entries.values.dtype):
                     if not self._is_plain(copy.target):
                         raise NotPlainError(f"{name}: the server holds something that was made of it")
                     memory = whole_memory(copy.target)
                     self._memory[memory.data_ptr()] = memory
-                    parts.setdefault(memory.data_ptr(), []).append(place(copy, entries))
+                    found = place(copy, entries)
+                    num_found += found.positions.numel()
+                    parts.setdefault(memory.data_ptr(), []).append(found)
+                if self._is_whole and num_found < entries.positions.numel():
+                    raise NotPlainError(f"{name}: the loader leaves entries out")
         except NotPlainError as error:
             self._say(f"switches load the model's files again: {error}")
             self._is_in_place = False
             self._memory.clear()
             return None
-        return {key: Entries(*map(torch.cat, zip(*found))) for key, found in parts.items()}
+        return {key: Entries(*map(torch.cat, zip(*pieces))) for key, pieces in parts.items()}
 
     def _write(self, before: Sequence[_Held], wanted: Sequence[_Held], rule: str) -> None:
         """Assign the base's values of `before`, then the values of `wanted`."""

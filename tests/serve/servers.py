@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -80,13 +79,9 @@ def make_ticket(model: Any, seed: int, folder: Path, parity: int | None = None) 
     return ticket
 
 
-@contextmanager
-def serving(
-    model: Path, port: int, log: Path, *options: str, backend: str | None = BACKEND, is_plain: bool = False
-) -> Iterator[tuple[Server, subprocess.Popen[bytes]]]:
-    """A server of `model`, which it calls `base`. is_plain: linear layers compute with their weights as they are, as on
-    GPUs, instead of with packed copies (a plugin, see `plain_cpu`)."""
-    environment = os.environ | {
+def environment(*, is_plain: bool) -> dict[str, str]:
+    """Of a process with vLLM. is_plain: see `serving`."""
+    return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "serve" / "plain_cpu")] * is_plain + [str(ROOT)]),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
@@ -95,12 +90,23 @@ def serving(
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_SERVER_DEV_MODE": "1",
     }
-    command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", "128", "--max-num-seqs", "16"]
+
+
+@contextmanager
+def serving(
+    model: Path, port: int, log: Path, *options: str, backend: str | None = BACKEND, is_plain: bool = False
+) -> Iterator[tuple[Server, subprocess.Popen[bytes]]]:
+    """A server of `model`, which it calls `base`. is_plain: linear layers compute with their weights as they are, as on
+    GPUs, instead of with packed copies (a plugin, see `plain_cpu`)."""
+    command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--port", str(port)]
+    command += ["--host", "127.0.0.1", "--max-model-len", "128", "--max-num-seqs", "16"]
     command += ["--enforce-eager", "--served-model-name", "base", *options]
     command += ["--weight-transfer-config", backend] if backend else []
     with open(log, "wb") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment(is_plain=is_plain), stdout=output, stderr=output, start_new_session=True
+        )
         server = Server(f"http://127.0.0.1:{port}", timeout=300)
         try:
             _wait(server, process, log)
@@ -137,7 +143,7 @@ def ask(server: Server, prompts: Sequence[Sequence[int]], num_tokens: int = 16) 
 
 @torch.no_grad()
 def logprobs_of(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What transformers gives after a prompt: logprobs of the answer's tokens `[n]`, and of the likeliest ones `[n]`."""
+    """After a prompt, transformers' logprobs of the answer's tokens `[n]`, and of the likeliest ones `[n]`."""
     logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].float()
     logprobs = torch.log_softmax(logits, -1)
     return logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0], logprobs.max(1).values
@@ -158,7 +164,3 @@ def memory_mib(pid: int) -> float:
 
 def has_vllm() -> bool:
     return VLLM_PYTHON.exists()
-
-
-if __name__ == "__main__":
-    sys.exit(not has_vllm())

@@ -104,6 +104,10 @@ def filled(parameter: Tensor, weight: Tensor) -> None:
     parameter.data.fill_(1.0)
 
 
+def filled_from(parameter: Tensor, weight: Tensor) -> None:
+    parameter.data.fill_(weight[0, 0].item())
+
+
 def added(parameter: Tensor, weight: Tensor) -> None:
     parameter.data.add_(weight)
 
@@ -112,7 +116,7 @@ def asserted(parameter: Tensor, weight: Tensor) -> None:
     raise AssertionError("shapes")
 
 
-@pytest.mark.parametrize("loader", [doubled, cast, assigned, filled, added, asserted])
+@pytest.mark.parametrize("loader", [doubled, cast, assigned, filled, filled_from, added, asserted])
 def test_a_loader_that_does_more_than_copy_is_noticed_before_it_writes(
     loader: Callable[[Tensor, Tensor], None],
 ) -> None:
@@ -120,6 +124,19 @@ def test_a_loader_that_does_more_than_copy_is_noticed_before_it_writes(
     with pytest.raises(NotPlainError, match=r"w: "):
         record_copies(lambda weights: [loader(parameter, weight) for _, weight in weights], "w", (4, 3), torch.float32)
     assert bool(parameter.isnan().all())
+
+
+def test_padding_is_no_entry() -> None:
+    weight, parameter = numbered((4, 3), 1), nn.Parameter(torch.full((6, 3), torch.nan), requires_grad=False)
+
+    def load(weights: Iterable[tuple[str, Tensor]]) -> None:
+        for _, loaded in weights:
+            parameter.data[: loaded.shape[0]].copy_(loaded)
+            parameter[loaded.shape[0] :].data.fill_(0)
+
+    assert len(record_copies(load, "w", (4, 3), torch.float32)) == 1 and bool(parameter.isnan().all())
+    load([("w", weight)])
+    assert find_all(load, "w", weight)[1] == weight.numel()
 
 
 def test_a_server_in_another_dtype_holds_what_its_loader_casts() -> None:
