@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG_PATH = ROOT / "recipes" / "configs" / "grpo_small.yaml"
 BASE = SmallModelConfig(steps=130)
 NUM_ROWS = {"train": 1024, "test": 32}
-RATES = {"full": (3e-4, 1e-3), "lora": (3e-3, 1e-2), "lota": (3e-3, 1e-2)}
+RATES = {"full": (3e-5, 1e-4), "lora": (3e-4, 1e-3), "lota": (3e-4, 1e-3)}
 SEEDS = (0, 1, 2)
 NAMES = {"full": "full fine-tuning", "lora": "LoRA, rank 16", "lota": "ticket, 10%"}
 

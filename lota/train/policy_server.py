@@ -23,6 +23,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from transformers import TrainerCallback
 
+from lota.data.trained_tokens import IGNORED
 from lota.ranks.agree import checked_together, from_rank_0, together
 from lota.ranks.world import rank
 from lota.run.folder import RunFolder
@@ -157,10 +158,11 @@ class PolicyServer(TrainerCallback):
     def _compare(self, prompts: list[Any], trainer: Any) -> None:
         """ValueError where server and trainer do not give the same answers the same log-probabilities. Collective.
 
-        At temperature 1 and without any cut, where raw and processed log-probabilities are the same.
+        Drawn at the trainer's temperature and without any cut: at 1, raw and processed log-probabilities are the same.
         """
         ids = trainer.prompt_ids(prompts)
-        settings = {"max_tokens": min(PROBE_TOKENS, trainer.max_completion_length), "temperature": 1.0}
+        tokens = min(PROBE_TOKENS, trainer.max_completion_length)
+        settings = {"max_tokens": tokens, "temperature": trainer.temperature}
         with together():
             answers, theirs = self._ask(ids, trainer, settings)
         own = _log_probabilities(trainer.deepspeed, ids, answers)
@@ -173,7 +175,8 @@ class PolicyServer(TrainerCallback):
             raise ValueError(
                 f"{self._options.url} is not the model that is trained: of {int(sums[3])} tokens its mean "
                 f"log-probability is {servers:.4f} and the trainer's {ours:.4f}, {difference:.4f} nats a token apart "
-                f"(server_tolerance {self._options.tolerance:g}). Does it serve this base, in this dtype?"
+                f"(server_tolerance {self._options.tolerance:g}). Does it serve this base, in this dtype"
+                + ("?" if trainer.temperature == 1 else ", with --logprobs-mode processed_logprobs?")
             )
 
 
@@ -185,17 +188,17 @@ def _log_probabilities(engine: Any, prompts: list[list[int]], answers: list[list
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+    labels = torch.full_like(ids, IGNORED)
+    for number, (prompt, answer) in enumerate(zip(prompts, answers)):
+        labels[number, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer, device=device)
     was_training = engine.module.training
     engine.module.eval()
     try:
-        logits = engine(input_ids=ids, attention_mask=mask).logits
+        # As TRL calls it: ZeRO-3 fetches ahead by the order of the call before, which logits would end differently.
+        found = engine(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
     finally:
         engine.module.train(was_training)
-    found = []
-    for number, (prompt, answer) in enumerate(zip(prompts, answers)):
-        spread = torch.log_softmax(logits[number, len(prompt) - 1 : len(prompt) + len(answer) - 1].float(), -1)
-        found.append(spread.gather(1, torch.tensor(answer, device=device).unsqueeze(1)).squeeze(1))
-    return torch.cat(found).double()
+    return found[labels[:, 1:] != IGNORED].double()
 
 
 def _model_name(server: Server) -> str:
