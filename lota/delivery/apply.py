@@ -32,10 +32,12 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 @dataclass
 class Verified:
     """What was held against the base's fingerprints: names of the model's tensors. not_compared: those that the tickets
-    do not know (of format version 1), or that the files hold in another form (quantized)."""
+    do not know (of format version 1), or that the files hold in another form (quantized). fingerprints: of compared
+    tensors, with their dtype; a tensor that is known is not read through again."""
 
     compared: set[str] = field(default_factory=set)
     not_compared: set[str] = field(default_factory=set)
+    fingerprints: dict[str, tuple[torch.dtype, str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if not self.compared:
@@ -123,7 +125,7 @@ def checkpoint_patches(
     not have, and a base that is stored in another dtype than it was trained in.
     """
     patches = []
-    for key, shape, entries in _changes(Path(base), tickets, trust_remote_code):
+    for key, shape, entries in _changes(Path(base), tickets, trust_remote_code, Verified()):
         values = entries.base if reverse else entries.values
         patches.append(Patch(key, shape, values.dtype, values, entries.positions))
     return patches
@@ -139,13 +141,14 @@ class Change(NamedTuple):
 
 
 def checkpoint_changes(
-    base: str | os.PathLike[str], ticket: Ticket, *, trust_remote_code: bool = False
+    base: str | os.PathLike[str], ticket: Ticket, *, verified: Verified | None = None, trust_remote_code: bool = False
 ) -> list[Change]:
-    """`checkpoint_patches` of one ticket, both ways at once, with the same checks and errors."""
-    return list(_changes(Path(base), [ticket], trust_remote_code))
+    """`checkpoint_patches` of one ticket, both ways at once, with the same checks and errors. verified: of earlier
+    calls for the same files, which did not change since; this call's is added."""
+    return list(_changes(Path(base), [ticket], trust_remote_code, Verified() if verified is None else verified))
 
 
-def _changes(base: Path, tickets: Sequence[Ticket], trust_remote_code: bool) -> Iterator[Change]:
+def _changes(base: Path, tickets: Sequence[Ticket], trust_remote_code: bool, verified: Verified) -> Iterator[Change]:
     """Every tensor of the files that the tickets change; the whole base is verified once all were asked for."""
     check_disjoint(tickets)
     checkpoint, placed = _open(base, tickets, trust_remote_code)
@@ -157,7 +160,7 @@ def _changes(base: Path, tickets: Sequence[Ticket], trust_remote_code: bool) -> 
     if is_cast is not None:
         raise ValueError(f"{base} is stored in another dtype than {_plain(is_cast)}, in which the ticket was trained: "
                          "a patch keeps the dtype. Write the base in it with lota apply --dtype first")  # fmt: skip
-    edit, concerned = _editor(placed, Verified()), {name for on in placed for name in on.names}
+    edit, concerned = _editor(placed, verified), {name for on in placed for name in on.names}
     done: dict[str, Tensor | None] = {}
     for key in sorted(checkpoint.homes):
         stored = read_tensor(checkpoint.homes[key], key)
@@ -331,12 +334,18 @@ def _facts(tickets: Sequence[Ticket]) -> dict[str, Any]:
 
 def _verify(on: _Placed, own: str, name: str, tensor: Tensor, verified: Verified) -> None:
     """ValueError unless the tensor, in the base's state, has the fingerprint that the ticket knows."""
-    base = on.ticket.mask.identity(own)
-    if own not in on.active:
-        is_compared = check_frozen(on.ticket.mask, own, tensor)
+    mask, base = on.ticket.mask, on.ticket.mask.identity(own)
+    known = verified.fingerprints.get(name)
+    if known is not None and known[0] == tensor.dtype and base is not None and base.rows is None:
+        mask.check_base(own, tuple(tensor.shape), str(tensor.dtype), known[1])
+        is_compared = True
+    elif own not in on.active:
+        is_compared = check_frozen(mask, own, tensor)
     else:
         is_compared = base is not None
-        check_is_base(on.ticket.mask, own, tensor)
+        check_is_base(mask, own, tensor)
+    if is_compared and base is not None and base.rows is None and str(tensor.dtype) == f"torch.{base.dtype}":
+        verified.fingerprints[name] = tensor.dtype, base.fingerprint
     (verified.compared if is_compared else verified.not_compared).add(name)
 
 

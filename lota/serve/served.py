@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lota.choices import STACKING_RULES, check_choice
-from lota.delivery.apply import Change, checkpoint_changes
+from lota.delivery.apply import Change, Verified, checkpoint_changes
 from lota.delivery.live import tensor_mode
 from lota.delivery.model_folder import read_tensors, weight_files
 from lota.delivery.stacking import Entries, shared_positions, sum_shared
@@ -70,7 +70,7 @@ class ServedModel:
     ) -> None:
         self._is_whole, self._say = is_whole, say
         self._folder, self._load, self._reload, self._is_plain, self.keep = folder, load, reload, is_plain, keep
-        self._files = _state_of(folder)
+        self._files, self._verified = _state_of(folder), Verified()
         self._memory: dict[int | str, Tensor] = {}
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._is_in_place = True
@@ -130,7 +130,7 @@ class ServedModel:
         identity = _identity(path)
         held = self._held.pop(path, None)
         if held is None or held.identity != identity or held.is_in_place != self._is_in_place:
-            changes = checkpoint_changes(self._folder, Ticket.load(path))
+            changes = checkpoint_changes(self._folder, Ticket.load(path), verified=self._verified)
             entries = self._placed(changes) if self._is_in_place else None
             found: dict[int | str, Entries] = {change.name: change.entries for change in changes}
             found = found if entries is None else entries

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from lota.delivery.apply import apply_to_checkpoint, checkpoint_patches
+from lota.delivery.apply import Verified, apply_to_checkpoint, checkpoint_changes, checkpoint_patches
 from lota.delivery.rewrite import same_bits
 from lota.ticket import Ticket
 from tests.delivery.test_apply import load_checkpoint
@@ -53,3 +53,18 @@ def test_another_base_and_another_dtype_are_refused(tmp_path: Path) -> None:
     save_base(tmp_path / "wide", dtype=torch.float32)
     with pytest.raises(ValueError, match="lota apply --dtype"):
         checkpoint_patches(tmp_path / "wide", [ticket])
+
+
+def test_what_was_verified_once_is_not_read_through_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same files a second ticket's fingerprints are compared with those that are known, and others refused."""
+    model = save_base(tmp_path / "base")
+    ticket, other = ticket_on(model, "q_proj"), ticket_on(save_base(tmp_path / "other", seed=1), "down_proj")
+    verified = Verified()
+    first = checkpoint_changes(tmp_path / "base", ticket, verified=verified)
+    with monkeypatch.context() as patched:
+        patched.setattr("lota.delivery.live.fingerprint", lambda *_: pytest.fail("read through again"))
+        again = checkpoint_changes(tmp_path / "base", ticket, verified=verified)
+        assert all(same_bits(*pair) for one, two in zip(first, again) for pair in zip(one.entries, two.entries))
+        checkpoint_changes(tmp_path / "base", ticket_on(model, "down_proj"), verified=verified)
+        with pytest.raises(ValueError, match="another base"):
+            checkpoint_changes(tmp_path / "base", other, verified=verified)
