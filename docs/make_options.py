@@ -25,11 +25,13 @@ by name.
 
 `lota train` and `lota calibrate` also take every option of TRL's
 [SFTConfig](https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig), `lota dpo` every option of its
-[DPOConfig](https://huggingface.co/docs/trl/dpo_trainer#trl.DPOConfig): `learning_rate`, `max_steps`,
-`per_device_train_batch_size`, `save_steps`, `resume_from_checkpoint`, `report_to`, ... `output_dir` must be given.
+[DPOConfig](https://huggingface.co/docs/trl/dpo_trainer#trl.DPOConfig), and `lota grpo` those of its
+[GRPOConfig](https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig), but for a few that [are refused](grpo.md):
+`learning_rate`, `max_steps`, `per_device_train_batch_size`, `save_steps`, `resume_from_checkpoint`, `report_to`, ...
+`output_dir` must be given.
 """
 SECTIONS = (
-    ("The run: `lota train`, `lota dpo`, `lota calibrate`", LotaArguments, SourceArguments),
+    ("The run: `lota train`, `lota dpo`, `lota grpo`, `lota calibrate`", LotaArguments, SourceArguments),
     ("The base model", SourceArguments, DataArguments),
     ("One data set", Source, None),
     ("Mixtures and evaluation rows", DataArguments, Source),

@@ -24,6 +24,11 @@ FISHERS = ("empirical", "true")
 REFERENCES = ("ticket", "model", "precompute")
 """Of preferences: the model itself with the base's values put back at the active entries; a second model; the base's
 answers computed before training."""
+REWARD_SCORE = "gradient"
+"""Where a reward is trained: of the base's own answers, which nobody has to generate with weights that move."""
+SERVER_CHECK_STEPS, SERVER_TOLERANCE = 10, 0.05
+"""Of a server that writes the answers: how often its log-probabilities are compared with the trainer's, and how far
+they may be apart, in nats a token."""
 TICKET_FORMS = ("plain", "values", "packed")
 """Values and base values; values, and the difference to the base's; the difference alone, which needs the base (or the
 tuned model) to be read."""

@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "train": {
         *("run", "algebra", "blocks", "choices", "data", "delivery", "plan", "retention", "selection", "ticket"),
-        *("ranks", "files", "zero"),
+        *("ranks", "files", "messages", "packaged", "serve", "zero"),
         *("zero.compact", "zero.deepspeed"),
     },
     "evaluate": {"run", "architecture", "data", "delivery", "ticket", "ranks", "files", "messages"},

@@ -1,4 +1,4 @@
-"""`lota train`, `dpo`, `calibrate`, `sequence`, `evaluate`: the jobs, on this process or as a launcher's ranks.
+"""`lota train`, `dpo`, `grpo`, `calibrate`, `sequence`, `evaluate`: the jobs, on this process or as a launcher's ranks.
 
 Their options are read by the job itself, from the command line and from `--config FILE`, because TRL's belong to them;
 the parsers here only explain and complete them.
@@ -46,6 +46,7 @@ def add_parsers(commands: Any) -> dict[str, Callable[[list[str]], None]]:
     declared = (
         ("train", _train, LotaArguments, "fine-tune a model as a ticket", training.format(trl="SFTConfig")),
         ("dpo", _dpo, LotaArguments, "the same on preferences (DPO)", training.format(trl="DPOConfig")),
+        ("grpo", _grpo, LotaArguments, "the same on a reward (GRPO)", training.format(trl="GRPOConfig")),
         ("calibrate", _calibrate, LotaArguments, "calibrate, and stop at the mask", training.format(trl="SFTConfig")),
     )
     for name, _, arguments, summary, text in declared:
@@ -76,9 +77,8 @@ lota evaluate --config run.yaml --tickets runs/mine/ticket --metrics loss exact 
     evaluate.add_argument("--config", metavar="FILE", help="YAML file with options, which may be a training run's")
     add_fields(evaluate, EvaluateArguments)
     _add_sequence(commands)
-    return {
-        "train": _train, "dpo": _dpo, "calibrate": _calibrate, "sequence": _sequence, "evaluate": _evaluate
-    }  # fmt: skip
+    own = {"calibrate": _calibrate, "sequence": _sequence, "evaluate": _evaluate}
+    return {"train": _train, "dpo": _dpo, "grpo": _grpo, **own}
 
 
 def _add_sequence(commands: Any) -> None:
@@ -152,6 +152,13 @@ def _dpo(argv: list[str]) -> None:
     from lota.train.job import main_dpo
 
     _run("dpo", argv, main_dpo, RESUME)
+
+
+def _grpo(argv: list[str]) -> None:
+    from lota.ranks.process import RESUME
+    from lota.train.job import main_grpo
+
+    _run("grpo", argv, main_grpo, RESUME)
 
 
 def _calibrate(argv: list[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Features, List, Value
 
-from lota.data.options import FORMS, Source, asked_columns
+from lota.data.options import FORMS, TASKS, Source, asked_columns
 from lota.data.templates import Template, is_missing
 from lota.messages import did_you_mean
 
@@ -28,6 +28,13 @@ BESIDE = {
     "documents": "write them into the messages",
 }
 """Fields beside a conversation that mean something to others, and are refused rather than dropped."""
+REST = "fields"
+"""Of a question, whose answer a reward judges: the column of all other fields of the row, one JSON object."""
+_TAKES = {
+    "examples": "preference training takes recipes/train_dpo.py",
+    "preferences": "preference training takes prompt, chosen and rejected",
+    "prompts": "training on a reward takes prompt, and all other fields go to the reward as they are",
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,11 @@ class Form:
         beside = {"system", "tools"} if self.is_chat else set()
         return {name for template in self.templates.values() for name in template.names} | beside
 
+    @property
+    def keeps_rest(self) -> bool:
+        """Whether the other fields of a row are kept too, in the column REST."""
+        return self.kind == "question"
+
     def is_empty(self, row: Mapping[str, Any]) -> bool:
         """Whether a column would be made of nothing."""
         return any(template.is_missing(row) for template in self.templates.values())
@@ -64,26 +76,23 @@ class Form:
         """The columns that `columns` gives."""
         kind = self.target or self.kind
         names = ["messages"] if kind == "messages" else list(FORMS[kind]) if self.target else list(self.templates)
-        tools = {"tools": TEXT} if self.has_tools else {}
-        return Features(dict.fromkeys(names, CONVERSATION if self.is_chat else TEXT) | tools)
+        beside = {"tools": TEXT} if self.has_tools else {REST: TEXT} if self.keeps_rest else {}
+        return Features(dict.fromkeys(names, CONVERSATION if self.is_chat else TEXT) | beside)
 
 
-def choose_form(source: Source, row: Mapping[str, Any], place: str, is_preference: bool) -> Form:
-    """The form of a source's rows: what its options say, else what the names of its fields say."""
+def choose_form(source: Source, row: Mapping[str, Any], place: str, task: str) -> Form:
+    """The form of a source's rows: what its options say, else what the names of its fields say. task: of `TASKS`."""
     asked = asked_columns(source)
-    foreign = set(asked) & ({"completion", "messages", "text"} if is_preference else {"chosen", "rejected"})
+    kinds = TASKS[task]
+    foreign = set(asked).difference(*(FORMS[kind] for kind in kinds))
     if foreign:
-        wanted = "prompt, chosen and rejected" if is_preference else "recipes/train_dpo.py"
-        raise ValueError(
-            f"options for {', '.join(sorted(foreign))} do not belong here: preference training takes {wanted}"
-        )
-    kinds = ("preference",) if is_preference else ("prompt", "messages", "text")
+        raise ValueError(f"options for {', '.join(sorted(foreign))} do not belong here: {_TAKES[task]}")
     if asked:
         kind = next(kind for kind in kinds if set(asked) <= set(FORMS[kind]))
     else:
         kind = _guess(kinds, row, place)
     templates = {column: _template(source, column) for column in FORMS[kind]}
-    answers = {column: template for column, template in templates.items() if column != "prompt"}
+    answers = {column: template for column, template in templates.items() if column != "prompt"} or templates
     _check_fields(answers, row, place)
     values = {column: _value(template, row, place) for column, template in answers.items()}
     is_chat = kind == "messages" or any(isinstance(value, list) for value in values.values())
@@ -92,7 +101,10 @@ def choose_form(source: Source, row: Mapping[str, Any], place: str, is_preferenc
     if kind == "preference" and is_chat and _conversation(values["chosen"], place)[0]["role"] != "assistant":
         del templates["prompt"]  # both answers are whole conversations, out of which TRL takes the prompt
     form = Form(kind, templates, is_chat or source.as_chat, source.as_chat, skip_empty=source.skip_empty)
-    return replace(form, has_tools=form.is_chat and not source.as_chat and "tools" in row)
+    has_tools = form.is_chat and not source.as_chat and "tools" in row
+    if has_tools and form.keeps_rest:
+        raise ValueError(f"{place}: the model would not be shown 'tools': rename the field if it is for the reward")
+    return replace(form, has_tools=has_tools)
 
 
 def one_form(forms: Sequence[Form], places: Sequence[str]) -> list[Form]:
@@ -129,6 +141,8 @@ def columns(row: Mapping[str, Any], form: Form, place: str) -> dict[str, Any]:
             made[column] = _text(value, place)
     if form.is_chat:
         _use_beside(row, form, made, place)
+    if form.keeps_rest:
+        made[REST] = json.dumps({name: value for name, value in row.items() if name != "prompt"}, default=str)
     if form.target == "messages" and form.kind == "prompt":
         return {"messages": made.pop("prompt") + made.pop("completion"), **made}
     if form.target == "prompt" and form.kind == "text":
@@ -139,8 +153,8 @@ def columns(row: Mapping[str, Any], form: Form, place: str) -> dict[str, Any]:
 
 def _guess(kinds: Sequence[str], row: Mapping[str, Any], place: str) -> str:
     fits = [kind for kind in kinds if set(FORMS[kind]) <= set(row)]
-    if kinds == ("preference",):
-        return "preference"
+    if len(kinds) == 1:
+        return kinds[0]
     if len(fits) > 1:
         raise ValueError(
             f"{place} could be read as {' or '.join(fits)}: say which, for example {fits[-1]}_field: {fits[-1]}"

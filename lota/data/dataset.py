@@ -2,7 +2,8 @@
 
     plan = plan_data(args)
     sets = load(plan, seed)                      # SFT: prompt and completion, messages, or text
-    sets = load(plan, seed, is_preference=True)  # DPO: prompt, chosen and rejected, or chosen and rejected alone
+    sets = load(plan, seed, "preferences")       # DPO: prompt, chosen and rejected, or chosen and rejected alone
+    sets = load(plan, seed, "prompts")           # GRPO: prompt, and all other fields for the reward
 
 Columns come from fields of the same name, or from `X_field` and `X_template` with X one of prompt, completion,
 messages, text, chosen, rejected. Preferences whose chosen and rejected are whole conversations have no prompt column:
@@ -41,17 +42,17 @@ class Sets(NamedTuple):
     evaluation: Dataset | None
 
 
-def load(plan: DataPlan, seed: int = 0, is_preference: bool = False) -> Sets:
-    """The rows of a run, mixed and set aside by `seed` as the plan says, the same on every rank. ValueError for bad
-    input."""
+def load(plan: DataPlan, seed: int = 0, task: str = "examples") -> Sets:
+    """The rows of a run, mixed and set aside by `seed` as the plan says, the same on every rank. task: of `TASKS`.
+    ValueError for bad input."""
     if rank() > 0 or not sys.stderr.isatty():
         disable_progress_bars()
     found = plan.parts
     firsts = [_first(_files(part.source, "train"), part.source.skip_empty) for part in found]
-    forms = [columns.choose_form(part.source, row, place, is_preference) for part, (place, row) in zip(found, firsts)]
+    forms = [columns.choose_form(part.source, row, place, task) for part, (place, row) in zip(found, firsts)]
     forms = columns.one_form(forms, [part.source.describe() for part in found])
     for part, form, (_, row) in zip(found, forms, firsts):
-        unread = [name for name in row if name not in form.fields]
+        unread = [name for name in row if name not in form.fields and not form.keeps_rest]
         if unread:
             print_once(f"data: fields of {part.source.describe()} that are not read: {', '.join(unread)}")
     train = [_build(part.source, "train", form) for part, form in zip(found, forms)]
@@ -61,7 +62,7 @@ def load(plan: DataPlan, seed: int = 0, is_preference: bool = False) -> Sets:
     return Sets(_mix(plan, train, seed), concatenate_datasets(evaluation) if evaluation else None)
 
 
-def place_of_roles(plan: DataPlan, roles: tuple[str, ...], is_preference: bool) -> str:
+def place_of_roles(plan: DataPlan, roles: tuple[str, ...], task: str) -> str:
     """File and line of the first row whose conversation has these roles."""
     for part in plan.parts:
         for which in ("train", "eval"):
@@ -69,7 +70,7 @@ def place_of_roles(plan: DataPlan, roles: tuple[str, ...], is_preference: bool) 
             form = None
             for place, row in _rows(files) if files else ():
                 if form is None:
-                    form = columns.choose_form(part.source, row, place, is_preference)
+                    form = columns.choose_form(part.source, row, place, task)
                 if form.is_empty(row):
                     continue
                 made = columns.columns(row, form, place)

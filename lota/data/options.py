@@ -14,8 +14,12 @@ FORMS = {
     "messages": ("messages",),
     "text": ("text",),
     "preference": ("prompt", "chosen", "rejected"),
+    "question": ("prompt",),
 }
 """The columns of every form of data. What a row is made of: a field of the same name, `X_field`, or `X_template`."""
+
+TASKS = {"examples": ("prompt", "messages", "text"), "preferences": ("preference",), "prompts": ("question",)}
+"""What a run learns from, and the forms that its rows may have. To prompts the model writes the answers itself."""
 
 COLUMNS = tuple(dict.fromkeys(column for columns in FORMS.values() for column in columns))
 

@@ -5,6 +5,7 @@ from lota.plan.counts import LoraSettings, MaskCounts, Spread
 from lota.plan.layout import RankLayout, Transfer
 from lota.plan.methods import MethodPlan, calibration, full, lora, lota
 from lota.plan.model import ModelShapes, read_model, shapes_of_config
+from lota.plan.moments import Moment
 from lota.plan.reduction import choose_reduction
 from lota.plan.text import format_bytes, parse_bytes, short_lines, table
 
@@ -13,6 +14,7 @@ __all__ = [
     "MaskCounts",
     "MethodPlan",
     "ModelShapes",
+    "Moment",
     "RankLayout",
     "Spread",
     "Transfer",

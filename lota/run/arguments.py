@@ -118,9 +118,31 @@ class LotaArguments(SourceArguments):
     reference: str | None = field(
         default=None,
         metadata={
-            "help": "Of preferences: ticket (the base's values put back for a forward pass), model (a second one) or "
-            "precompute (ticket for method lota, else model)."
+            "help": "Of preferences and GRPO: ticket (the base's values put back for a forward pass), model (a second "
+            "one) or, of preferences, precompute (ticket for method lota, else model)."
         },
+    )
+    reward: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Of GRPO: FILE.py:function, called as f(prompts, completions, **columns) for a list of numbers; "
+            "several are summed by TRL's reward_weights."
+        },
+    )
+    server: str | None = field(
+        default=None,
+        metadata={"help": "Of GRPO: address of a vLLM server that writes the answers and gets the ticket every step."},
+    )
+    server_check_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Compare its log-probabilities with the trainer's every so many steps "
+            f"({choices.SERVER_CHECK_STEPS})."
+        },
+    )
+    server_tolerance: float | None = field(
+        default=None,
+        metadata={"help": f"How far they may be apart, in nats a token ({choices.SERVER_TOLERANCE:g})."},
     )
     ticket_form: str = field(
         default="plain",
@@ -138,6 +160,8 @@ class LotaArguments(SourceArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.retain, self.kept = _listed(self.retain), _listed(self.kept)
+        if isinstance(self.reward, str):  # of the config file
+            self.reward = [self.reward]
 
 
 def _listed(given: list[Any] | str | None) -> list[Any] | None:

@@ -33,7 +33,7 @@ _FOLDER_OF = {"calibrate": "calibration"}
 
 LEFT_BY_A_RUN = (
     *("config.yaml", "examples.txt", "metrics.jsonl", "summary.json", "report.png", "calibration.json"),
-    *("calibration", "protected", "retained", "ranking", "mask", "ticket", "adapter", "merged"),
+    *("calibration", "protected", "retained", "ranking", "mask", "ticket", "adapter", "merged", "served"),
 )
 
 
@@ -202,6 +202,8 @@ def resolved(run: RunOptions, config: Config) -> dict[str, Any]:
             options[name] = value
     if "global_batch_size" in options:
         options.pop("gradient_accumulation_steps", None)  # follows from it
+    if options.get("steps_per_generation") == config.gradient_accumulation_steps:
+        del options["steps_per_generation"]  # likewise
     if options.get("deepspeed", "") is None:
         del options["deepspeed"]  # accelerate's, which the launch brings again
     for name in _FILLED_IN:
@@ -215,6 +217,7 @@ def resolved(run: RunOptions, config: Config) -> dict[str, Any]:
 _ALWAYS_WRITTEN = ("learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed", "max_length")
 # Filled in by TrainingArguments from the machine or from other options; they resolve again when the file is used.
 _FILLED_IN = (
+    "generation_batch_size",
     *("use_cpu", "local_rank", "disable_tqdm", "dataloader_pin_memory"),
     *("activation_checkpointing", "include_for_metrics", "debug"),
     "hub_token",  # a secret

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from datetime import date
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import torch
-from trl import DPOConfig, SFTConfig, TrlParser
+from trl import DPOConfig, GRPOConfig, SFTConfig, TrlParser
 
 from lota.messages import did_you_mean
 from lota.run import ds_config
@@ -40,13 +40,35 @@ class _Defaults:
 class RecipeConfig(_Defaults, SFTConfig):
     """TRL's SFTConfig with the defaults of these recipes."""
 
+    task: ClassVar[str] = "examples"
+
 
 @dataclass
 class PreferenceConfig(_Defaults, DPOConfig):
     """TRL's DPOConfig with the defaults of these recipes."""
 
+    task: ClassVar[str] = "preferences"
 
-Config = RecipeConfig | PreferenceConfig
+
+@dataclass
+class PolicyConfig(_Defaults, GRPOConfig):
+    """TRL's GRPOConfig with the defaults of these recipes."""
+
+    task: ClassVar[str] = "prompts"
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "A .jinja file, or plain_chat, for a tokenizer without a chat template."}
+    )
+
+    def __post_init__(self) -> None:
+        # TRL fills in both of these and refuses both, as config.yaml and `replace` would give them: one follows from
+        # the other, and `resolve` refuses it where the user gives it.
+        if self.steps_per_generation is not None:
+            self.generation_batch_size = None
+        super().__post_init__()
+
+
+Config = RecipeConfig | PreferenceConfig | PolicyConfig
+"""`task`: what it learns from, of `lota.data.options.TASKS`."""
 
 
 class YamlParser(TrlParser):

@@ -63,7 +63,7 @@ def read_series(folder: Path) -> Series:
         if row["phase"] == "importance":
             continue  # a few dozen micro-batches of a model that does not change
         phase = points.setdefault(row["phase"], {})
-        for name in ("loss", "eval_loss", "learning_rate", "grad_norm"):
+        for name in ("loss", "eval_loss", "reward", "eval_reward", "learning_rate", "grad_norm"):
             value = row.get(name)
             if isinstance(value, (int, float)) and math.isfinite(value):
                 phase.setdefault(name, {})[row["step"]] = float(value)
@@ -89,8 +89,12 @@ def headline(summary: Mapping[str, Any]) -> str:
     facts = []
     if "steps" in training:
         facts.append(f"{training['steps']:,} steps")
-    if "eval_loss" in training and "eval_loss_before" in training:
+    if "eval_loss" in training and "eval_loss_before" in training and "eval_reward" not in training:
         facts.append(f"eval loss {training['eval_loss_before']:.4g} before, {training['eval_loss']:.4g} after")
+    for after, before in (("eval_reward", "eval_reward_before"), ("reward_at_end", "reward_at_start")):
+        if training.get(after) is not None and training.get(before) is not None:
+            facts.append(f"{after.replace('_', ' ')} {training[after]:.4g}, {training[before]:.4g} before")
+            break
     if facts:
         lines.append(", ".join(facts))
     return "\n".join(lines)
@@ -108,11 +112,14 @@ def picture(
     heights = [inches for inches in (curves_inches, map_inches) if inches]
     parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat)
     if series:
-        widths = [2, *([1] * (3 if dial else 2))]
-        loss, *frontier, rate, norm = parts[0].subplots(1, len(widths), width_ratios=widths)
-        _draw_losses(loss, series)
+        has_reward = any("reward" in curves for curves in series.values())
+        widths = [2, *([1] * (2 + has_reward + bool(dial)))]
+        first, *more, rate, norm = parts[0].subplots(1, len(widths), width_ratios=widths)
+        _draw_values(first, series, "reward" if has_reward else "loss")
+        if has_reward:
+            _draw_curve(more[0], series, "loss", "loss")
         if dial:
-            _draw_dial(frontier[0], dial)
+            _draw_dial(more[-1], dial)
         _draw_curve(rate, series, "learning_rate", "learning rate", is_schedule=True)
         _draw_curve(norm, series, "grad_norm", "gradient norm")
     if grid is not None:
@@ -120,20 +127,21 @@ def picture(
     return figure
 
 
-def _draw_losses(axes: Axes, series: Series) -> None:
+def _draw_values(axes: Axes, series: Series, name: str) -> None:
+    """Losses or rewards, in training and on the evaluation rows."""
     every = []
     for phase, curves in series.items():
         color, label = COLORS.get(phase, "tab:green"), LABELS.get(phase, phase)
-        _draw_line(axes, curves.get("loss", []), color, label)
-        steps, values = _columns(curves.get("eval_loss", []))
+        _draw_line(axes, curves.get(name, []), color, label)
+        steps, values = _columns(curves.get(f"eval_{name}", []))
         line = "--" if len(values) > 2 else "none"  # between before and after nothing is known
         if values:
             axes.plot(
                 *(steps, values), color=color, label=f"{label}, evaluation", linestyle=line, linewidth=1.2,
                 marker="o", markersize=6, markerfacecolor="white",
             )  # fmt: skip
-        every += values + _columns(curves.get("loss", []))[1]
-    _finish(axes, "loss", every)
+        every += values + _columns(curves.get(name, []))[1]
+    _finish(axes, name, every, may_be_log=name == "loss")
     if every:
         axes.legend(frameon=False, fontsize=9)
 

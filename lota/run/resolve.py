@@ -22,7 +22,14 @@ from lota.ranks.world import world_size
 from lota.retention import Importance
 from lota.run import ds_config
 from lota.run.batch import set_accumulation
-from lota.run.options import Config, LotaArguments, PreferenceConfig, keys_of_config, names_on_command_line
+from lota.run.options import (
+    Config,
+    LotaArguments,
+    PolicyConfig,
+    PreferenceConfig,
+    keys_of_config,
+    names_on_command_line,
+)
 from lota.ticket import Mask, Ticket
 from lota.zero.compact.groups import check_shard_group_size
 
@@ -75,11 +82,22 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class ServerOptions:
+    """A server that writes the answers: its address, and how often and how closely it is held against the trainer."""
+
+    url: str
+    check_steps: int
+    tolerance: float
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """What a run is, besides TRL's configuration and its rows; settled once, and read by all that comes after.
 
+    task: of `lota.data.options.TASKS`.
     calibration: None where a mask is given, and for the methods without one. adapter: of method lora. reference: of
-    preferences, one of `choices.REFERENCES`; None without, and for an adapter, which is switched off instead.
+    preferences and of GRPO with a beta, one of `choices.REFERENCES`; None without, and for an adapter, which is
+    switched off instead. rewards: of GRPO, as FILE.py:function. server: None where the model generates by itself.
     given: the options as config.yaml holds them. notes: for the user, options of the config file that this method
     does not use.
     """
@@ -89,7 +107,7 @@ class RunOptions:
     revision: str
     attn_implementation: str | None
     trust_remote_code: bool
-    is_preference: bool
+    task: str
     calibration: Calibration | None
     mask: str | None
     dense: list[str] | None
@@ -101,11 +119,18 @@ class RunOptions:
     ticket_dtype: str | None
     ticket_form: str
     reference: str | None
+    rewards: tuple[str, ...]
+    server: ServerOptions | None
     adapter: Adapter | None
     keeping: Keeping
     merged: bool
     given: Mapping[str, Any]
     notes: tuple[str, ...]
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether the model writes answers to prompts, and a reward judges them."""
+        return self.task == "prompts"
 
     @property
     def is_sparse(self) -> bool:
@@ -158,6 +183,8 @@ def resolve(
         raise ValueError(
             f"save_strategy is 'no', so {', '.join(sorted(idle))} would be ignored: add --save_strategy steps"
         )
+    if isinstance(config, PolicyConfig):
+        _check_policy(args, config, {*keys_of_config(argv), *unused.on_command_line})
     if args.global_batch_size is not None:
         in_file = set(keys_of_config(argv))
         if "global_batch_size" in unused.on_command_line and "gradient_accumulation_steps" in in_file:
@@ -204,13 +231,14 @@ def resolve(
     for path in args.protect or ():
         Mask.load(path)
     keeping = _keeping(args, config, unused)
+    rewards, server = _policy(args, config, unused, calibration)
     return RunOptions(
         method=args.method,
         model=args.model_name_or_path,
         revision=args.model_revision,
         attn_implementation=args.attn_implementation,
         trust_remote_code=config.trust_remote_code,
-        is_preference=isinstance(config, PreferenceConfig),
+        task=config.task,
         calibration=calibration,
         mask=args.mask,
         dense=args.dense,
@@ -222,6 +250,8 @@ def resolve(
         ticket_dtype=args.ticket_dtype,
         ticket_form=args.ticket_form,
         reference=_reference(args, config, unused),
+        rewards=rewards,
+        server=server,
         adapter=adapter,
         keeping=keeping,
         merged=args.merged,
@@ -232,7 +262,15 @@ def resolve(
 
 _AT_LEAST_ONE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    *("max_length", "save_steps", "eval_steps", "logging_steps", "max_prompt_length", "save_total_limit"),
+    *(
+        "max_length",
+        "max_completion_length",
+        "save_steps",
+        "eval_steps",
+        "logging_steps",
+        "max_prompt_length",
+        "save_total_limit",
+    ),
 )
 _NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "warmup_steps", "warmup_ratio", "label_smoothing_factor")
 
@@ -269,24 +307,95 @@ _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rsl
 
 
 def _reference(args: LotaArguments, config: Config, unused: _Unused) -> str | None:
-    """Where the reference model of preferences comes from. Sets TRL's own option where it is precomputed."""
-    if not isinstance(config, PreferenceConfig):
-        unused.drop("only preferences have a reference", ("reference",))
+    """Where the reference model comes from. Sets TRL's own option where it is precomputed."""
+    if not isinstance(config, (PreferenceConfig, PolicyConfig)):
+        unused.drop("only preferences and GRPO have a reference", ("reference",))
+        return None
+    if isinstance(config, PolicyConfig) and config.beta == 0:
+        unused.drop("beta is 0, so there is no reference", ("reference",))
         return None
     if args.method == "lora":
         unused.drop("method: lora switches its adapter off for the reference", ("reference",))
         return None
-    precomputed, is_free = config.precompute_ref_log_probs, args.method == "lota" and not config.sync_ref_model
+    can_precompute = isinstance(config, PreferenceConfig)  # there are no answers yet to compute them of
+    precomputed = can_precompute and config.precompute_ref_log_probs
+    is_free = args.method == "lota" and not config.sync_ref_model
     usual = "precompute" if precomputed else "ticket" if is_free else "model"
-    chosen = choices.check_choice("reference", args.reference or usual, choices.REFERENCES)
+    known = choices.REFERENCES if can_precompute else tuple(n for n in choices.REFERENCES if n != "precompute")
+    chosen = choices.check_choice("reference", args.reference or usual, known)
     if precomputed and chosen != "precompute":
         raise ValueError(f"reference: {chosen} and precompute_ref_log_probs: true: leave one of them out")
     if chosen == "ticket" and args.method != "lota":
-        raise ValueError(f"reference: ticket needs method: lota; method: {args.method} takes model or precompute")
+        raise ValueError(f"reference: ticket needs method: lota; method: {args.method} takes {' or '.join(known[1:])}")
     if config.sync_ref_model and chosen != "model":
         raise ValueError(f"sync_ref_model moves a model of its own: set reference: model, got {chosen}")
-    config.precompute_ref_log_probs = chosen == "precompute"
+    if isinstance(config, PreferenceConfig):
+        config.precompute_ref_log_probs = chosen == "precompute"
     return chosen
+
+
+_SERVER = ("server_check_steps", "server_tolerance")
+
+
+def _check_policy(args: LotaArguments, config: PolicyConfig, given: set[str]) -> None:
+    """ValueError for options of TRL's GRPO that are not read here, or cannot be. given: names that the user gave."""
+    refused = {
+        "use_vllm": "TRL's vLLM lives in the trainer's environment: give server: URL",
+        "use_transformers_continuous_batching": "it moves the gathered weights, which ZeRO-3 shares out again",
+        "use_transformers_paged": "it moves the gathered weights, which ZeRO-3 shares out again",
+        "cast_lm_head_to_fp32": "it changes the dtype of a weight under ZeRO-3",
+        "generation_batch_size": "it follows from steps_per_generation",
+        "global_batch_size": "give gradient_accumulation_steps",
+        "train_sampling_strategy": "prompts are shuffled by shuffle_dataset",
+        "model_init_kwargs": "the model is loaded by lota's own options",
+    } | {name: "it belongs to use_vllm" for name in given if name.startswith("vllm_")}
+    if args.server is not None:
+        refused |= dict.fromkeys(
+            ("generation_kwargs", "cache_implementation", "ds3_gather_for_generation"),
+            "the server writes the answers",
+        )
+    for name in sorted(given & refused.keys()):
+        value = getattr(args, name, None) if hasattr(args, name) else getattr(config, name)
+        if value not in (None, False):
+            raise ValueError(f"{name} is not for lota grpo: {refused[name]}. Remove it")
+    keeping = {"keep_importance": args.keep_importance, "kept": args.kept, "fisher": args.fisher != "empirical"}
+    for name, is_given in keeping.items():
+        if is_given:
+            raise ValueError(f"{name} measures losses of given answers, and here the model writes them: remove it")
+    if any(isinstance(item, dict) for item in args.retain or ()):
+        raise ValueError("retain takes tickets with their importance here: rows have no loss without answers")
+
+
+def _policy(
+    args: LotaArguments, config: Config, unused: _Unused, calibration: Calibration | None
+) -> tuple[tuple[str, ...], ServerOptions | None]:
+    """The rewards and the server of GRPO; of other jobs neither."""
+    if not isinstance(config, PolicyConfig):
+        unused.drop("only lota grpo trains on a reward", ("reward", "server", *_SERVER))
+        return (), None
+    if not args.reward:
+        raise ValueError("reward is missing: give FILE.py:function, called as f(prompts, completions, **columns)")
+    weights = config.reward_weights
+    if weights is not None and len(weights) != len(args.reward):
+        raise ValueError(f"reward_weights has {len(weights)} numbers, and reward {len(args.reward)} functions")
+    if args.server is None:
+        unused.drop("no server is given", _SERVER)
+        return tuple(args.reward), None
+    if args.method != "lota":
+        raise ValueError(f"server gets a ticket every step, and method: {args.method} has none: remove one of them")
+    if calibration is not None and calibration.score == "task_vector":
+        raise ValueError(
+            "server holds the base during calibration, and score: task_vector trains all weights: use score: gradient"
+        )
+    if args.tickets:
+        raise ValueError("server and tickets: apply the tickets to the base first (lota apply), and serve that")
+    steps = choices.SERVER_CHECK_STEPS if args.server_check_steps is None else args.server_check_steps
+    tolerance = choices.SERVER_TOLERANCE if args.server_tolerance is None else args.server_tolerance
+    if steps < 1:
+        raise ValueError(f"server_check_steps must be at least 1, got {steps}")
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"server_tolerance must be above 0, in nats a token, got {tolerance}")
+    return tuple(args.reward), ServerOptions(args.server, steps, tolerance)
 
 
 def _keeping(args: LotaArguments, config: Config, unused: _Unused) -> Keeping:
@@ -387,7 +496,8 @@ def _calibration(args: LotaArguments, config: Config, unused: _Unused) -> Calibr
     """Fill in `args`, which config.yaml is made from, and check them."""
     args.density = choices.check_density(choices.DENSITY if args.density is None else args.density)
     args.budget = choices.check_budget(args.budget or choices.BUDGET)
-    args.score = choices.check_choice("score", args.score or choices.SCORE, choices.SCORES)
+    usual = choices.REWARD_SCORE if isinstance(config, PolicyConfig) else choices.SCORE
+    args.score = choices.check_choice("score", args.score or usual, choices.SCORES)
     if args.score in choices.STATIC_SCORES:
         unused.drop(f"score: {args.score} looks at the weights only", ("calibration_steps",))
         args.calibration_steps = 1

@@ -25,7 +25,7 @@ MAY_CHANGE = frozenset(
         *("run_name", "logging_steps", "logging_strategy", "logging_first_step", "report_to"),
         *("dataloader_num_workers", "kernels", "shard_group_size", "gradient_reduction", "per_device_eval_batch_size"),
         *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "deepspeed"),
-        "max_skipped_steps",
+        *("max_skipped_steps", "server", "server_check_steps", "server_tolerance"),
     }
 )
 # Of DeepSpeed's settings: how weights are sharded, moved and offloaded, and what is printed. Rows a step have a check

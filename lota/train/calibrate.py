@@ -17,6 +17,7 @@ from lota.run.options import Config
 from lota.run.resolve import RunOptions
 from lota.ticket import Mask
 from lota.train.phase import Phase, timed
+from lota.train.policy_server import server_of
 
 
 def calibrate(
@@ -62,7 +63,8 @@ def calibrate(
         ) as run,
     ):
         rows = Sets(data.train, evaluation)
-        phase = Phase("calibrate", options, config, rows, folder, as_reference=as_reference, **changes)
+        phase = Phase("calibrate", options, config, rows, folder, as_reference=as_reference,
+                      server=server_of(options, folder), **changes)  # fmt: skip
         facts = phase.run()
     with timed(seconds, "selection"):
         mask = run.mask(keep=chosen.keep_ranking)
@@ -71,7 +73,7 @@ def calibrate(
     report = run.report()
     # Packed rows would be packed again, their boundaries lost, and the reference's answers to preferences added twice;
     # `datasets` finds the tokenized rows in its cache.
-    is_prepared_again = options.is_preference or config.packing
+    is_prepared_again = options.task != "examples" or config.packing
     data = data if is_prepared_again else Sets(phase.prepared, data.evaluation)
     phase.close()
     if chosen.score in STATIC_SCORES:

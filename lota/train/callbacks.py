@@ -16,7 +16,7 @@ from lota.run.folder import RunFolder
 
 
 class Log(TrainerCallback):
-    """Every log of the Trainer into metrics.jsonl, and the two losses that the summary wants.
+    """Every log of the Trainer into metrics.jsonl, and the losses and rewards that the summary wants.
 
     first_step: where a phase resumes; what was logged later will be logged again.
     """
@@ -26,6 +26,8 @@ class Log(TrainerCallback):
         rows = folder.keep_metrics(phase, first_step)
         self.first_eval_loss: float | None = next((row["eval_loss"] for row in rows if "eval_loss" in row), None)
         self.last_loss: float | None = next((row["loss"] for row in reversed(rows) if "loss" in row), None)
+        self.first_eval_reward: float | None = next((row["eval_reward"] for row in rows if "eval_reward" in row), None)
+        self.rewards = [row["reward"] for row in rows if row.get("reward") is not None]
         self.num_micro_steps = 0
         self.num_skipped: Callable[[], int] = lambda: 0
 
@@ -48,6 +50,10 @@ class Log(TrainerCallback):
         row.pop("total_flos", None)
         if self.first_eval_loss is None:
             self.first_eval_loss = row.get("eval_loss")
+        if self.first_eval_reward is None:
+            self.first_eval_reward = row.get("eval_reward")
+        if row.get("reward") is not None:
+            self.rewards.append(row["reward"])
         self.last_loss = row.get("loss", self.last_loss)
         if "loss" in row:
             row["skipped_steps"] = self.num_skipped()

@@ -22,7 +22,7 @@ def kept_rows(options: RunOptions, config: Config) -> dict[str, Dataset]:
     found: dict[str, Dataset] = {}
     for name, plan in options.keeping.kept.items():
         with checked_together():
-            sets = dataset.load(plan, config.seed, options.is_preference)
+            sets = dataset.load(plan, config.seed, options.task)
             check_rows(options, config, plan, sets)
         check_same(f"kept rows of {name}", dataset.identity(sets))
         found[name] = sets.train

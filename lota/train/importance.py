@@ -39,7 +39,7 @@ def retained(
         path = folder.path / "retained" / f"{number}.safetensors"
         if not from_rank_0(path.is_file):
             with checked_together():
-                sets = dataset.load(item, config.seed, options.is_preference)
+                sets = dataset.load(item, config.seed, options.task)
                 check_rows(options, config, item, sets)
             check_same("rows to retain", dataset.identity(sets))
             made = _collect(options, config, sets.train, folder, (), seconds, {"data": item.describe()})
@@ -141,5 +141,5 @@ def check_rows(options: RunOptions, config: Config, plan: DataPlan, sets: Sets) 
         options.revision,
         replace(config, **no_evaluation),
         options.trust_remote_code,
-        lambda roles: dataset.place_of_roles(plan, roles, options.is_preference),
+        lambda roles: dataset.place_of_roles(plan, roles, options.task),
     )

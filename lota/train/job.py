@@ -1,7 +1,7 @@
 """The training jobs, in five acts: parse, load data, calibrate, train, deliver.
 
 `main` makes a ticket (or, to compare, trains the whole model or an adapter) from examples, `main_dpo` from preferences,
-and `main_mask` stops at the mask. Every rank runs them, under `lota.ranks.process.run_job`.
+`main_grpo` from a reward, and `main_mask` stops at the mask. Every rank runs them, under `lota.ranks.process.run_job`.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ from lota.ranks.world import join_world, print_once, world_size
 from lota.run import ds_config
 from lota.run.arguments import LotaArguments
 from lota.run.folder import RunFolder, versions
-from lota.run.options import Config, PreferenceConfig, RecipeConfig, parse, require_output_dir
+from lota.run.options import Config, PolicyConfig, PreferenceConfig, RecipeConfig, parse, require_output_dir
 from lota.run.resolve import RunOptions, resolve
 from lota.ticket import Mask, Ticket
-from lota.train import lora, whole_model
+from lota.train import lora, rewards, whole_model
 from lota.train.calibrate import calibrate, mask_facts
 from lota.train.dial import kept_rows, turn
 from lota.train.divergence import divergence_from_base
 from lota.train.importance import leave_importance, pull_line, retained
 from lota.train.phase import Phase, timed, training_dtype
+from lota.train.policy_server import connect, server_of
 from lota.train.print_plan import print_plan
 from lota.train.rehearse import rehearse
 from lota.zero.deepspeed.dense_report import dense_report
 
 
 def main(argv: list[str] | None = None, config_class: type[Config] = RecipeConfig) -> None:
-    """config_class: RecipeConfig trains on examples, PreferenceConfig on preferences. argv: None takes sys.argv."""
+    """config_class: RecipeConfig trains on examples, PreferenceConfig on preferences, PolicyConfig on a reward. argv:
+    None takes sys.argv."""
     with listening(), ExitStack() as closing:
         job = parse_options(argv, config_class)
         load_data(job)
@@ -57,6 +59,11 @@ def main(argv: list[str] | None = None, config_class: type[Config] = RecipeConfi
 def main_dpo(argv: list[str] | None = None) -> None:
     """The same on preferences."""
     main(argv, PreferenceConfig)
+
+
+def main_grpo(argv: list[str] | None = None) -> None:
+    """The same on a reward: the model writes answers to prompts, and functions of the user's judge them."""
+    main(argv, PolicyConfig)
 
 
 def main_mask(argv: list[str] | None = None) -> None:
@@ -115,6 +122,7 @@ def parse_options(argv: list[str] | None, config_class: type[Config] = RecipeCon
         )
         if not mask_only:
             rehearse(options, config)
+        rewards.load(options.rewards)
     if not mask_only:
         print_plan(options, config)
     check_output_dir(str(config.output_dir))
@@ -126,12 +134,14 @@ def load_data(job: Job) -> None:
     options, config = job.options, job.config
     with checked_together():
         job.plan = plan_data(job.args)
-        job.sets = dataset.load(job.plan, config.seed, options.is_preference)
+        job.sets = dataset.load(job.plan, config.seed, options.task)
         notes = [
             *options.notes,
             *_check_rows(job),
         ]
+        rewards.try_out(rewards.load(options.rewards), job.sets.train)
     check_same("rows", dataset.identity(job.sets))
+    connect(options)
     job.folder = RunFolder(options, config, job.plan)
     job.summary |= {"method": options.method, "model": options.model, "world_size": world_size()}
     for note in notes:
@@ -148,7 +158,7 @@ def _check_rows(job: Job) -> list[str]:
         options.revision,
         job.config,
         options.trust_remote_code,
-        lambda roles: dataset.place_of_roles(job.plan, roles, options.is_preference),
+        lambda roles: dataset.place_of_roles(job.plan, roles, options.task),
     )
 
 
@@ -199,14 +209,15 @@ def train(job: Job) -> Trained:
         ) as run,
     ):
         del mask  # once the engine is built, only rank 0 keeps its indices
-        phase = Phase("train", options, job.config, job.sets, job.folder, kept=kept, as_reference=run.base, **changes)
+        phase = Phase("train", options, job.config, job.sets, job.folder, kept=kept, as_reference=run.base,
+                      server=server_of(options, job.folder, run), **changes)  # fmt: skip
         if run.retained is not None:
             run.retained.num_steps = lambda: phase.trainer.num_training_steps
         facts = phase.run()
     if kept:
         with timed(job.seconds, "dial"):
             facts |= turn(options, phase, run, job.sets)
-    if not options.is_preference:
+    if options.task == "examples":
         with timed(job.seconds, "divergence"):
             facts["kl_to_base"] = divergence_from_base(phase, run)
         if facts["kl_to_base"] is not None:
@@ -238,6 +249,7 @@ def deliver_ticket(job: Job, trained: Trained) -> None:
                 "revision": options.revision,
                 "score": options.calibration.score if options.calibration else "from a mask",
                 "data": job.plan.describe(),
+                **({"reward": list(options.rewards)} if options.rewards else {}),
                 "steps": facts["steps"],
                 "learning_rate": job.config.learning_rate,
                 **({"tickets": list(options.keeping.tickets)} if options.keeping.tickets else {}),
@@ -254,8 +266,16 @@ def deliver_ticket(job: Job, trained: Trained) -> None:
         {
             "density asked": options.calibration.density if options.calibration else None,
             "calibration steps": job.summary.get("calibration", {}).get("steps"),
-            "evaluation loss before": facts.get("eval_loss_before"),
-            "evaluation loss after": facts.get("eval_loss"),
+            **(
+                {}
+                if options.is_policy
+                else {
+                    "evaluation loss before": facts.get("eval_loss_before"),
+                    "evaluation loss after": facts.get("eval_loss"),
+                }
+            ),
+            "reward before": facts.get("eval_reward_before", facts.get("reward_at_start")),
+            "reward after": facts.get("eval_reward", facts.get("reward_at_end")),
             "training loss at the last step": facts["last_step_loss"],
         }
     )

@@ -29,11 +29,12 @@ from lota.run import checkpoint_manifest
 from lota.run.batch import Batch
 from lota.run.checkpoints import step_of
 from lota.run.folder import RunFolder
-from lota.run.options import Config
+from lota.run.options import Config, PolicyConfig
 from lota.run.resolve import RunOptions
 from lota.ticket import Ticket
-from lota.train import lora
+from lota.train import lora, rewards
 from lota.train.callbacks import Log, NoLastCheckpoint, Progress
+from lota.train.policy_server import PolicyServer
 from lota.train.tracking import tracking_of
 from lota.train.trainer import SelfReference, trainer_class
 from lota.zero.assign import assign
@@ -56,16 +57,18 @@ class Phase:
         tickets: Sequence[str | Path] = (),
         kept: Mapping[str, Dataset] | None = None,
         as_reference: Callable[[], AbstractContextManager[Any]] | None = None,
+        server: PolicyServer | None = None,
         samples_answers: bool = False,
         **changes: Any,
     ) -> None:
         """tickets: on the model beside those of the run. kept: more rows, by name, for `loss_on`. as_reference: of
-        preferences whose reference is the model itself, what makes it that for a forward pass. samples_answers:
+        a job whose reference is the model itself, what makes it that for a forward pass. server: what writes the
+        answers to prompts, in place of the model here. samples_answers:
         of the model, in place of the rows' own. changes: values of
         TrainingArguments for this phase only. Arguments are made afresh for each phase, because DeepSpeed's "auto"
         values are filled into them."""
         train, evaluation = data
-        self.name = name
+        self.name, self._server = name, server
         where = folder.checkpoints_of(name)
         self._checkpoint = folder.resume.of_phase(where)
         self._log = Log(name, folder, 0 if self._checkpoint is None else step_of(self._checkpoint))
@@ -93,24 +96,40 @@ class Phase:
             model.enable_input_require_grads()
         refers_to_itself = options.reference == "ticket" and as_reference is not None
         has_second = options.reference is not None and not refers_to_itself and options.reference != "precompute"
-        if refers_to_itself:
+        second = load_model(options, config) if has_second else None
+        own: dict[str, Any] = {}
+        if options.is_policy:
+            callbacks = [] if server is None else [server]
+            own = {"reward_funcs": rewards.load(options.rewards), "rollout_func": server, "callbacks": callbacks}
+        elif second is not None:
+            own = {"ref_model": second}
+        if refers_to_itself and not options.is_policy:
             self.config.precompute_ref_log_probs = True
         self.trainer = trainer_class(config, refers_to_itself, samples_answers)(
             model=model,
-            **({"ref_model": load_model(options, config)} if has_second else {}),
             args=self.config,
             train_dataset=train,
             eval_dataset=evaluation if not kept else dict(kept) | ({"eval": evaluation} if evaluation else {}),
-            processing_class=load_tokenizer(options.model, options.revision, options.trust_remote_code),
+            processing_class=self._tokenizer(options),
             peft_config=None if options.adapter is None else lora.peft_config(options.adapter),
+            **own,
         )
         if refers_to_itself and as_reference is not None:
-            self.trainer.ref_model = SelfReference(self.trainer, as_reference)
+            reference = SelfReference(self.trainer, as_reference)
+            if options.is_policy:
+                self.trainer.refer_to(reference)
+            else:
+                self.trainer.ref_model = reference
+        elif options.is_policy and second is not None:
+            self.trainer.refer_to(second)
         self._kept: dict[str, Dataset] = {}
         if kept:
             self._kept = dict(self.trainer.eval_dataset)
             self.trainer.eval_dataset = self._kept.pop("eval", None)
-        check_positions(model.config, self.prepared, self.config)
+        if options.is_policy:
+            check_prompts(model.config, self.trainer, self.config)
+        else:
+            check_positions(model.config, self.prepared, self.config)
         self.trainer.saved_step = None if self._checkpoint is None else step_of(self._checkpoint)
         self.trainer.has_checkpoints = name != "importance"
         self.trainer.remove_callback(ProgressCallback)
@@ -127,6 +146,13 @@ class Phase:
             self.trainer.add_callback(callback)
         if not self.config.disable_tqdm:
             self.trainer.add_callback(Progress(name))
+
+    def _tokenizer(self, options: RunOptions) -> Any:
+        tokenizer = load_tokenizer(options.model, options.revision, options.trust_remote_code)
+        template = chat_template(getattr(self.config, "chat_template_path", None))
+        if options.is_policy and template is not None:  # the other trainers of TRL read the file themselves
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        return tokenizer
 
     @property
     def prepared(self) -> Dataset:
@@ -171,13 +197,19 @@ class Phase:
         if self._checkpoint is not None:
             facts["resumed_from_step"] = step_of(self._checkpoint)
         facts["last_step_loss"] = self._log.last_loss
+        if self._log.rewards:
+            facts["reward_at_start"], facts["reward_at_end"] = ends(self._log.rewards)
         self._leave_if_complete()
         if self.trainer.eval_dataset is not None:
             facts["eval_loss_before"] = self._log.first_eval_loss
             scores = self.trainer.evaluate()
             facts["eval_loss"] = scores["eval_loss"]
             facts |= {name: value for name, value in scores.items() if name.startswith("eval_rewards/")}
+            if "eval_reward" in scores:
+                facts |= {"eval_reward_before": self._log.first_eval_reward, "eval_reward": scores["eval_reward"]}
             self._leave_if_complete()
+        if self._server is not None:
+            facts["server"] = self._server.facts
         facts["seconds"] = round(time.monotonic() - started, 2)
         print_once(f"{self.name}: {losses_line(facts)}")
         return facts
@@ -197,13 +229,20 @@ class Phase:
         """What the model will see of the first rows, once a run: two on the terminal, some more in examples.txt."""
         if self.folder.is_writer and not self.folder.has_examples:
             tokenizer = self.trainer.processing_class
-            found = trained_tokens.first_examples(self.trainer, trained_tokens.NUM_WRITTEN)
+            if isinstance(self.config, PolicyConfig):
+                rows = self.prepared[: trained_tokens.NUM_WRITTEN]["prompt"]
+                found = [(ids, [False] * len(ids)) for ids in self.trainer.prompt_ids(rows)]
+            else:
+                found = trained_tokens.first_examples(self.trainer, trained_tokens.NUM_WRITTEN)
             for example in found[: trained_tokens.NUM_SHOWN]:
                 print_once(f"example of {trained_tokens.show(tokenizer, *example)}")
             self.folder.write_examples(trained_tokens.render(tokenizer, found))
 
     def close(self) -> None:
-        """Destroy the engine and drop model and optimizer, so that the next phase has the memory."""
+        """Destroy the engine and drop model and optimizer, so that the next phase has the memory. A server has its base
+        afterwards. Collective."""
+        if self._server is not None:
+            self._server.close()
         for model in (self.trainer, getattr(self.trainer, "ref_model", None)):
             engine = getattr(model, "deepspeed", None) if model is self.trainer else model
             if engine is not None and not isinstance(engine, SelfReference):
@@ -278,6 +317,25 @@ def check_positions(model_config: Any, rows: Dataset, config: Any) -> None:
         )
 
 
+def check_prompts(model_config: Any, trainer: Any, config: PolicyConfig) -> None:
+    """ValueError where a prompt and its answer have more tokens than the model has positions; TRL cuts no prompt."""
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    rows = trainer.train_dataset
+    longest = max(len(ids) for batch in rows.iter(1000) for ids in trainer.prompt_ids(batch["prompt"]))
+    length = longest + config.max_completion_length
+    if isinstance(positions, int) and length > positions:
+        raise ValueError(
+            f"a prompt has {longest} tokens, and with max_completion_length {config.max_completion_length} it needs "
+            f"{length} positions, of which the model has {positions}: lower it, or remove such rows"
+        )
+
+
+def ends(values: Sequence[float]) -> tuple[float, float]:
+    """The means of the first and of the last tenth."""
+    count = max(1, len(values) // 10)
+    return sum(values[:count]) / count, sum(values[-count:]) / count
+
+
 def losses_line(facts: Mapping[str, Any]) -> str:
     """What a phase came to, in one line of the log."""
     parts = [f"{facts['steps']} steps in {facts['seconds']:.0f} s"]
@@ -286,6 +344,10 @@ def losses_line(facts: Mapping[str, Any]) -> str:
     if facts.get("eval_loss") is not None:
         before = facts.get("eval_loss_before")
         parts.append(f"evaluation loss {facts['eval_loss']:.4g}" + (f", {before:.4g} before" if before else ""))
+    for name, what in (("eval_reward", "evaluation reward"), ("reward_at_end", "reward")):
+        if facts.get(name) is not None:
+            before = facts.get(f"{name}_before", facts.get("reward_at_start"))
+            parts.append(f"{what} {facts[name]:.4g}" + ("" if before is None else f", {before:.4g} before"))
     return ", ".join(parts)
 
 
@@ -307,6 +369,15 @@ def training_dtype(config: Config) -> torch.dtype:
 def batch_arithmetic(config: Config, train: Dataset) -> str:
     """How many rows make a step, and how many steps there are."""
     batch = Batch.of(config, world_size())
+    if isinstance(config, PolicyConfig):
+        prompts = batch.rows / config.num_generations / config.num_iterations
+        whole = len(train) * config.num_generations // config.generation_batch_size * config.generation_batch_size
+        steps = whole * config.num_iterations / batch.rows * config.num_train_epochs
+        return (
+            f"{batch}, {config.num_generations} answers to each of {prompts:g} prompts a step, about "
+            f"{config.max_steps if config.max_steps > 0 else math.ceil(steps)} steps over {len(train)} prompts, "
+            f"learning rate {config.learning_rate:g}"
+        )
     length = len(train)
     of_epoch = length // batch.rows if config.dataloader_drop_last else math.ceil(length / batch.rows)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(of_epoch * config.num_train_epochs)

@@ -39,7 +39,12 @@ def plans_of(options: RunOptions, config: Config, layout: plan.RankLayout) -> li
     is_dense = options.calibration is not None and options.calibration.score == "task_vector"
     has_second = [options.reference == "model" or (options.reference == "ticket" and is_dense and one is plans[0])
                   for one in plans]  # fmt: skip
-    return [_with_reference(one, model, layout) if has else one for one, has in zip(plans, has_second)]
+    plans = [_with_reference(one, model, layout) if has else one for one, has in zip(plans, has_second)]
+    if not options.is_policy or options.server is not None or not config.ds3_gather_for_generation:
+        return plans
+    *before, last = plans
+    group = layout.shard_group() if options.is_sparse else layout.world()
+    return [*(_with_generation(one, model, layout.world()) for one in before), _with_generation(last, model, group)]
 
 
 def lines_of_left_out(options: RunOptions, config: Config) -> list[str]:
@@ -100,6 +105,19 @@ def _with_reference(phase: plan.MethodPlan, model: plan.ModelShapes, layout: pla
         phase,
         device={**phase.device, "reference": model.item_bytes * model.pieces(layout.ranks)},
         transfers=[*phase.transfers, plan.Transfer("reference", "all_gather", forwards, layout.world())],
+    )
+
+
+def _with_generation(phase: plan.MethodPlan, model: plan.ModelShapes, group: range) -> plan.MethodPlan:
+    """With the whole model on every rank, gathered once a step, while answers are generated."""
+    if len(group) == 1:
+        return phase
+    whole = model.item_bytes * model.numel()
+    moment = plan.Moment(whole - model.item_bytes * model.pieces(len(group)))
+    return replace(
+        phase,
+        moments={**phase.moments, "generation": moment},
+        transfers=[*phase.transfers, plan.Transfer("generation", "all_gather", whole, group)],
     )
 
 

@@ -17,7 +17,10 @@ import torch
 import torch.distributed as dist
 from transformers import set_seed
 from transformers.trainer_utils import rotate_checkpoints
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, SFTTrainer
+from trl.models import prepare_deepspeed
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model
 
 from lota.data.trained_tokens import IGNORED
 from lota.files import naming_disk_full, sync
@@ -26,7 +29,7 @@ from lota.ranks.stop import leave, signal_received
 from lota.run import checkpoint_manifest
 from lota.run.batch import Batch, whole_steps
 from lota.run.checkpoints import FOLDER, STATE_NAME, step_of
-from lota.run.options import Config, PreferenceConfig
+from lota.run.options import Config, PolicyConfig, PreferenceConfig
 
 
 class WholeCheckpoints:
@@ -168,6 +171,8 @@ def trainer_class(config: Config, refers_to_itself: bool = False, samples_answer
     refers_to_itself: for preferences whose reference is the model itself; see `SelfReference`. samples_answers: see
     `_SamplingTrainer`.
     """
+    if isinstance(config, PolicyConfig):
+        return _PolicyTrainer
     if isinstance(config, PreferenceConfig):
         return _SelfReferenceTrainer if refers_to_itself else _PreferenceTrainer
     return _SamplingTrainer if samples_answers else _SupervisedTrainer
@@ -215,6 +220,54 @@ class _SelfReferenceTrainer(_PreferenceTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
+
+
+class _PolicyTrainer(StopsWhenAsked, WholeCheckpoints, GRPOTrainer):
+    """Made without a reference model: TRL would load one by the name of the first, without the run's tickets and
+    revision. Where beta asks for one and there is no adapter to switch off, whoever makes it calls `refer_to`."""
+
+    def __init__(self, *, args: PolicyConfig, peft_config: Any = None, **others: Any) -> None:
+        beta, is_synced = args.beta, args.sync_ref_model
+        if peft_config is None:
+            args.beta, args.sync_ref_model = 0.0, False
+        super().__init__(args=args, peft_config=peft_config, **others)
+        args.beta, args.sync_ref_model = beta, is_synced
+        self.beta = beta
+
+    def refer_to(self, reference: Any) -> None:
+        """reference: a `SelfReference`, or a second model, which is prepared as TRL prepares its own."""
+        if isinstance(reference, SelfReference):
+            self.ref_model = reference
+            return
+        if self.args.disable_dropout:
+            disable_dropout_in_model(reference)
+        add_fused_lm_head(reference, temperature=self.temperature)
+        self.ref_model = prepare_deepspeed(reference, self.accelerator)
+        if self.args.sync_ref_model:
+            self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+
+    def prompt_ids(self, prompts: list[Any]) -> list[list[int]]:
+        """The tokens that the model is given, one list a prompt, through the chat template where they are chats."""
+        ids: list[list[int]] = self._tokenize_prompts(prompts)[0]
+        return ids
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        sampler.__class__ = _RepeatsOfAnEpoch
+        return sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # TRL counts micro steps from the start of the process, and generates by that count.
+        self._step = max(self._step, self.state.global_step * self.args.gradient_accumulation_steps)
+        super()._run_epoch(*args, **kwargs)
+
+
+class _RepeatsOfAnEpoch(RepeatSampler):
+    """TRL's order of prompts, drawn by the epoch, so that a resumed run has the order of one that was not stopped."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed(new_seed(self.seed, epoch, 0))
 
 
 class SelfReference:

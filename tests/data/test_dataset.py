@@ -88,7 +88,7 @@ def test_conversations(tmp_path: Path) -> None:
 def test_preferences(tmp_path: Path) -> None:
     def preferences(row: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
         args = LotaArguments(train_file=[write(tmp_path / "p.jsonl", [row])], **options)
-        return load(plan_data(args), is_preference=True).train.to_list()
+        return load(plan_data(args), task="preferences").train.to_list()
 
     row = {"prompt": "p", "chosen": "c", "rejected": "r"}
     assert preferences(row) == [row]

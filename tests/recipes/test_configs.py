@@ -22,8 +22,9 @@ from trl import SFTTrainer
 from lota.data import dataset, sources
 from lota.data.options import DataArguments, plan_data
 from lota.data.tokenizer import chat_template
-from lota.run.options import LotaArguments, RecipeConfig, parse
+from lota.run.options import LotaArguments, PolicyConfig, RecipeConfig, parse
 from lota.run.resolve import RunOptions, resolve
+from lota.train import rewards
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "recipes" / "configs"
@@ -232,3 +233,41 @@ def test_rows_of_the_hubs_form_train_the_answers_and_nothing_else(
         assert trained == [label for label in row["labels"] if label != -100]
         seen.add((tokenizer.decode(row["input_ids"]), tokenizer.decode(trained)))
     assert seen == {(task.whole, task.trained), *task.more}
+
+
+GRPO = {
+    "grpo_qwen3_8b": "Question: 2+2?\nAnswer:",
+    "grpo_llama31_8b": [
+        {"role": "user", "content": "2+2?\nThink step by step, and end with the number alone."},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", GRPO)
+def test_a_reward_gets_the_solutions_of_gsm8k(name: str, hub: list[tuple[str, str]]) -> None:
+    """The commands of the comment are those of the file, and what is not the prompt goes to the reward."""
+    (words,) = commands(FOLDER / f"{name}.yaml")
+    argv = words[words.index("recipes/train_grpo.py") + 1 :]
+    assert argv[1] == f"recipes/configs/{name}.yaml"
+    args, config = parse(argv, PolicyConfig)
+    run = resolve(args, config, argv=argv)
+    assert run.notes == () and run.server is not None and run.calibration is not None
+    sets = dataset.load(plan_data(args), config.seed, "prompts")
+    assert sets.train[0]["prompt"] == GRPO[name] and sets.train.column_names == ["prompt", "fields"]
+    (reward,) = rewards.load(run.rewards)
+    is_chat = isinstance(GRPO[name], list)
+    texts = ["It is 4.", "#### 4", "4, or 5", "", "1,004", "4.0"]
+    answers = [[{"role": "assistant", "content": text}] if is_chat else text for text in texts]
+    rows = [sets.train[0]] * len(texts)
+    given = reward([row["prompt"] for row in rows], answers, fields=[row["fields"] for row in rows])
+    assert given == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+
+
+def test_the_small_reward_counts_right_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    argv = ["--config", "recipes/configs/grpo_small.yaml", "--model_name_or_path", "base", "--output_dir", "runs/grpo"]
+    args, config = parse(argv, PolicyConfig)
+    (reward,) = rewards.load(resolve(args, config, argv=argv).rewards)
+    answers = ["a b c", "a b", "b a c", "", "a b c d e f"]
+    given = reward([""] * 5, answers, fields=['{"selan": "a b c"}'] * 5)
+    assert given == pytest.approx([1, 2 / 3, 1 / 3, 0, 1 / 2])

@@ -3,12 +3,13 @@ for."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
 
-from lota.run.options import Config, PreferenceConfig, RecipeConfig, parse
+from lota.run.options import Config, PolicyConfig, PreferenceConfig, RecipeConfig, parse
 from lota.run.resolve import resolve
 from lota.train.print_plan import layout_of, plans_of
 
@@ -24,11 +25,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def planned(base: Path, config_class: type[Config], *argv: str):
+def planned(base: Path, config_class: type[Config], *argv: str, ranks: int = 1):
     words = ["--model_name_or_path", str(base), *argv]
     args, config = parse(words, config_class)
     options = resolve(args, config, argv=words)
-    return plans_of(options, config, layout_of(options, config))
+    return plans_of(options, config, replace(layout_of(options, config), ranks=ranks))
 
 
 def test_what_a_reference_holds(base: Path) -> None:
@@ -56,3 +57,15 @@ def test_what_a_reference_holds(base: Path) -> None:
 def test_adapters_are_those_that_were_asked_for(base: Path, targets: list[str], outputs: int) -> None:
     (plan,) = planned(base, RecipeConfig, "--method", "lora", "--lora_r", "4", "--lora_target_modules", *targets)
     assert plan.trained == NUM_LAYERS * 4 * outputs
+
+
+def test_generation_gathers_the_model_once_a_step(base: Path) -> None:
+    """And a server spares that."""
+    words = ("--score", "gradient", "--reward", "rewards.py:function")
+    alone = planned(base, PolicyConfig, *words, ranks=2)
+    served = planned(base, PolicyConfig, *words, "--server", "http://127.0.0.1:8000", ranks=2)
+    for here, there in zip(alone, served, strict=True):
+        assert here.held == there.held and here.peak >= there.peak
+        (gathered,) = [one for one in here.transfers if one.what == "generation"]
+        assert gathered.payload == 2 * here.at_moments["generation"].device  # the other half
+        assert "generation" not in there.at_moments

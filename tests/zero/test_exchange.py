@@ -103,6 +103,29 @@ def exchanging(folder: Path, threshold: int, shard_group_size: int | None) -> di
     return found
 
 
+def values(folder: Path, group: int) -> bool:
+    """Whether rank 0 has exactly the ticket's values, in its order, and the others nothing."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rows = slice(rank * cases.ROWS // world, (rank + 1) * cases.ROWS // world)
+    with lota.sparse_zero3(lota.Mask.from_dense(cases.make_masks()), shard_group_size=group) as run:
+        engine = _initialize(cases.make_model(torch.bfloat16), world, 0)
+        _train(engine, rows, 1, 2)
+        found = run.values()
+        run.save_ticket(folder / f"of-{group}")
+        engine.destroy()
+    if rank > 0:
+        return found == {}
+    ticket = Ticket.load(folder / f"of-{group}")
+    return list(found) == list(ticket.names) and all(
+        torch.equal(found[name].view(torch.int16), ticket.values(name).view(torch.int16)) for name in ticket.names
+    )
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_values_are_those_of_the_ticket_on_four_ranks(ranks: Any, tmp_path: Path, group: int) -> None:
+    assert all(ranks(4).run(values, tmp_path, group))
+
+
 @pytest.mark.parametrize("threshold", [0, 1_000_000])
 @pytest.mark.parametrize(("world", "group"), [(1, None), (2, None), (2, 1)])
 def test_what_is_exchanged_comes_back(
