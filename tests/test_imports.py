@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("architecture", "choices", "blocks", "data", "delivery", "selection", "ticket", "kernels", "ranks", "files"),
         *("messages", "packaged", "retention", "zero", "zero.compact"),
     },
+    "serve": {"choices", "delivery", "files", "messages", "progress", "ticket"},
     "train": {
         *("run", "algebra", "blocks", "choices", "data", "delivery", "plan", "retention", "selection", "ticket"),
         *("ranks", "files", "messages", "packaged", "serve", "zero"),
@@ -63,7 +64,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("progress", "retention"),
     },
     "wrap": {"blocks", "choices", "files", "retention", "ticket"},
-    "serve": {"choices", "delivery", "files", "messages", "progress", "ticket"},
     "demo": {"evaluate", "data", "delivery", "packaged", "ticket"},
     "study": {
         *("demo", "sequence", "train", "evaluate", "retention", "algebra", "delivery", "data", "selection", "ticket"),

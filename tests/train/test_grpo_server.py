@@ -83,7 +83,7 @@ def test_every_step_is_answered_by_the_model_of_that_step(ranks, base: Path, ser
 
 
 def test_another_base_is_refused_before_the_first_step(ranks, base: Path, server: Server) -> None:
-    """And, should the comparison let it through, by its fingerprints: the ticket of the untrained values is of another."""
+    """And, should the comparison let it through, by its fingerprints: the untrained values' ticket is of another."""
     with pytest.raises(Exception, match=r"is not the model that is trained: of \d+ tokens its mean log-probability"):
         run(ranks, base, "other", "--model_name_or_path", str(base / "other"))
     with pytest.raises(Exception, match=r"(?s)503|409|400|fingerprint|not its base|of another") as raised:
