@@ -89,7 +89,7 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	touch $@
 
 test-vllm: $(STAMP) $(VLLM_VENV)/.installed
-	$(RUN) LOTA_VLLM_PYTHON="$(abspath $(VLLM_VENV))/bin/python" $(BIN)/python -m pytest tests/serve $(PYTEST_ARGS)
+	$(RUN) LOTA_VLLM_PYTHON="$(abspath $(VLLM_VENV))/bin/python" $(BIN)/python -m pytest tests/serve tests/train/test_grpo_server.py $(PYTEST_ARGS)
 
 test-gpu: $(STAMP)
 	$(RUN) $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

@@ -2,12 +2,10 @@
 
     python benchmarks/grpo_small.py --output runs/grpo-small
 
-The base is the demo's model, pretrained for a third of the demo's steps, so that it translates into Selan with most
-words wrong. The reward is the share of words that are right, at the right place, of the longer of answer and
-translation: a program checks it. Every method gets the same number of learning rates, tried with the first seed; the
-best one, by the reward of the last tenth of the steps, gets the other seeds too. Rewards before and after are of 32
-prompts that are not trained on, 8 answers each, at temperature 1. One rank, bf16. What is done already is not done
-again.
+The base is a Llama of 0.2M weights, pretrained on the demo's world for so few steps that it often answers in the wrong
+language. The reward is the share of an answer's words that are in the dictionary of the language that was asked for: a
+program checks it. Each method has one learning rate. Rewards before and after are of 32 prompts that are not trained
+on, 8 answers each, at temperature 1. One rank, bf16. What is done already is not done again.
 """
 
 from __future__ import annotations
@@ -34,9 +32,9 @@ from lota.demo.world import EARLIER_TEMPLATES, World, WorldConfig, fill
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG_PATH = ROOT / "recipes" / "configs" / "grpo_small.yaml"
-BASE = SmallModelConfig(steps=130)
+BASE = SmallModelConfig(hidden_size=96, num_layers=2, steps=40)
 NUM_ROWS = {"train": 1024, "test": 32}
-RATES = {"full": (3e-5, 1e-4), "lora": (3e-4, 1e-3), "lota": (3e-4, 1e-3)}
+RATES = {"full": (1e-4,), "lora": (1e-3,), "lota": (1e-3,)}
 SEEDS = (0, 1, 2)
 NAMES = {"full": "full fine-tuning", "lora": "LoRA, rank 16", "lota": "ticket, 10%"}
 
@@ -59,9 +57,11 @@ def main() -> None:
 
 
 def write_rows(path: Path, stream: str, count: int) -> None:
-    """The prompt, and beside it the translation, which only the reward sees."""
-    rows = World(WorldConfig()).earlier_rows(f"reward {stream}", count)
-    made = [{"prompt": r["prompt"], "selan": row["selan"]} for r, row in zip(fill(EARLIER_TEMPLATES, rows), rows)]
+    """The prompt, and beside it all words of the language, which only the reward sees."""
+    world = World(WorldConfig())
+    dictionary = " ".join(world.selan.values())
+    rows = fill(EARLIER_TEMPLATES, world.earlier_rows(f"reward {stream}", count))
+    made = [{"prompt": row["prompt"], "dictionary": dictionary} for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
 
 

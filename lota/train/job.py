@@ -139,7 +139,8 @@ def load_data(job: Job) -> None:
             *options.notes,
             *_check_rows(job),
         ]
-        rewards.try_out(rewards.load(options.rewards), job.sets.train)
+        if options.rewards:
+            rewards.try_out(rewards.load(options.rewards), job.sets.train)
     check_same("rows", dataset.identity(job.sets))
     connect(options)
     job.folder = RunFolder(options, config, job.plan)

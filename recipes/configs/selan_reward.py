@@ -1,9 +1,9 @@
-"""A reward for the demo's world: how much of a sentence is translated right."""
+"""A reward for the demo's world: how much of an answer is in the language that was asked for."""
 
 
-def right_words(completions, selan, **_):
-    """The share of words that are right and at their place, of the longer of answer and translation."""
+def selan_words(completions, dictionary, **_):
+    """The share of an answer's words that are in the dictionary; 0 for an empty one."""
+    answers = [answer.split() for answer in completions]
     return [
-        sum(a == b for a, b in zip(answer.split(), wanted.split())) / max(len(answer.split()), len(wanted.split()))
-        for answer, wanted in zip(completions, selan)
+        sum(word in known.split() for word in words) / max(1, len(words)) for words, known in zip(answers, dictionary)
     ]

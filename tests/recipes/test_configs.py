@@ -263,11 +263,10 @@ def test_a_reward_gets_the_solutions_of_gsm8k(name: str, hub: list[tuple[str, st
     assert given == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
 
 
-def test_the_small_reward_counts_right_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_small_reward_counts_words_of_the_language(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     argv = ["--config", "recipes/configs/grpo_small.yaml", "--model_name_or_path", "base", "--output_dir", "runs/grpo"]
     args, config = parse(argv, PolicyConfig)
     (reward,) = rewards.load(resolve(args, config, argv=argv).rewards)
-    answers = ["a b c", "a b", "b a c", "", "a b c d e f"]
-    given = reward([""] * 5, answers, fields=['{"selan": "a b c"}'] * 5)
-    assert given == pytest.approx([1, 2 / 3, 1 / 3, 0, 1 / 2])
+    given = reward([""] * 4, ["b a a", "a x", "ab", ""], fields=['{"dictionary": "a b c"}'] * 4)
+    assert given == [1, 0.5, 0, 0]
