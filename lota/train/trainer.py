@@ -226,6 +226,8 @@ class _PolicyTrainer(StopsWhenAsked, WholeCheckpoints, GRPOTrainer):
     """Made without a reference model: TRL would load one by the name of the first, without the run's tickets and
     revision. Where beta asks for one and there is no adapter to switch off, whoever makes it calls `refer_to`."""
 
+    _step: int
+
     def __init__(self, *, args: PolicyConfig, peft_config: Any = None, **others: Any) -> None:
         beta, is_synced = args.beta, args.sync_ref_model
         if peft_config is None:
