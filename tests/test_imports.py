@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("architecture", "choices", "blocks", "data", "delivery", "selection", "ticket", "kernels", "ranks", "files"),
         *("messages", "packaged", "retention", "zero", "zero.compact"),
     },
+    "serve": {"choices", "delivery", "files", "messages", "progress", "ticket"},
     "train": {
         *("run", "algebra", "blocks", "choices", "data", "delivery", "plan", "retention", "selection", "ticket"),
         *("ranks", "files", "messages", "packaged", "serve", "zero"),
@@ -62,7 +63,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("train", "evaluate", "run", "algebra", "choices", "data", "delivery", "ticket", "ranks", "files", "messages"),
         *("progress", "retention"),
     },
-    "serve": {"choices", "delivery", "files", "messages", "progress", "ticket"},
     "demo": {"evaluate", "data", "delivery", "packaged", "ticket"},
     "study": {
         *("demo", "sequence", "train", "evaluate", "retention", "algebra", "delivery", "data", "selection", "ticket"),
