@@ -263,10 +263,10 @@ def test_a_reward_gets_the_solutions_of_gsm8k(name: str, hub: list[tuple[str, st
     assert given == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
 
 
-def test_the_small_reward_counts_words_of_the_language(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_small_reward_counts_animals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     argv = ["--config", "recipes/configs/grpo_small.yaml", "--model_name_or_path", "base", "--output_dir", "runs/grpo"]
     args, config = parse(argv, PolicyConfig)
     (reward,) = rewards.load(resolve(args, config, argv=argv).rewards)
-    given = reward([""] * 4, ["b a a", "a x", "ab", ""], fields=['{"dictionary": "a b c"}'] * 4)
+    given = reward([""] * 4, ["cat dog cat", "a bird", "the", ""], fields=["{}"] * 4)
     assert given == [1, 0.5, 0, 0]
