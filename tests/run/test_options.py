@@ -12,7 +12,7 @@ import torch
 from lota.data.options import plan_data
 from lota.packaged import DS_CONFIGS
 from lota.run.folder import RunFolder
-from lota.run.options import PreferenceConfig, RecipeConfig, parse
+from lota.run.options import PolicyConfig, PreferenceConfig, RecipeConfig, parse
 from lota.run.resolve import RunOptions, resolve
 from lota.ticket import Mask
 
@@ -229,6 +229,7 @@ SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yam
 @pytest.mark.parametrize("path", [p for p in SHIPPED if not p.stem.startswith("sequence_")], ids=lambda p: p.stem)
 def test_shipped_configs_are_accepted(path: Path) -> None:
     words = ["--config", str(path), "--output_dir", "runs/x"]
-    args, config = parse(words, PreferenceConfig if path.stem.startswith("dpo_") else RecipeConfig)
+    kinds = {"dpo": PreferenceConfig, "grpo": PolicyConfig}
+    args, config = parse(words, kinds.get(path.stem.split("_")[0], RecipeConfig))
     args.model_name_or_path = args.model_name_or_path or "base"
     assert resolve(args, config, argv=words).notes == ()
