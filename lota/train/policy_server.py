@@ -186,11 +186,13 @@ def _log_probabilities(engine: Any, prompts: list[list[int]], answers: list[list
     device = torch.device(get_accelerator().current_device_name())
     rows = [prompt + answer for prompt, answer in zip(prompts, answers)]
     longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64, device=device)
+    lengths = torch.tensor([*map(len, rows)], dtype=torch.int64, device=device)
+    mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
     labels = torch.full_like(ids, IGNORED)
     for number, (prompt, answer) in enumerate(zip(prompts, answers)):
-        labels[number, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer, device=device)
+        ours = slice(len(prompt), len(prompt) + len(answer))
+        labels[number, ours] = ids[number, ours]
     was_training = engine.module.training
     engine.module.eval()
     try:
