@@ -19,7 +19,7 @@ TITLE = "## Claims"
 # Table, preset, whether on real text, and the command that made it.
 TABLES = (
     ("study_text.csv", "cpu", True, "lota study cpu --data DIR", "Real text (SQL, then GSM8K)"),
-    ("study_cpu.csv", "cpu", False, "lota study cpu --questions q2", "Made-up tasks, at b090d3c"),
+    ("study_cpu.csv", "cpu", False, "lota study cpu --questions q2", "Made-up tasks, at 638e25e"),
     ("study_gpu.csv", "gpu", False, "lota study gpu", "Made-up tasks, a larger base"),
 )
 HEAD = """
