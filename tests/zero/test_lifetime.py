@@ -148,7 +148,7 @@ def _second_block(model: torch.nn.Module, mask: lota.Mask) -> dict[str, Any]:
 def test_after_the_block(ranks):
     for result in ranks(2).run(_afterwards):
         assert "block of this engine has ended" in result["errors"]["train"]
-        assert "its state was released" in result["errors"]["mask"]
+        assert "mask() released the scores" in result["errors"]["mask"]
         assert "belongs to the engine of an earlier lota block" in result["errors"]["second block"]
         assert result["fewer_groups"]
         assert result["steps"] == 1, "the same model trains in a second block once the first engine is destroyed"
