@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,6 @@ def check_num_steps(num_steps: int | None) -> int | None:
     if num_steps is not None and num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}: how many steps the command makes")
     return num_steps
-
-
-def check_command(words: Sequence[str]) -> None:
-    """ValueError where there is nothing to run."""
-    if not words:
-        raise ValueError("expected a command after `--`, such as: -- deepspeed --num_gpus 8 train.py")
 
 
 def _place(path: str) -> str:
