@@ -106,8 +106,8 @@ def test_the_model_itself_is_as_good_a_reference_as_a_second_one(
     assert all(torch.equal(one.values(name), two.values(name)) for name in one.names)
     copy = sum(tensor.nbytes for tensor in load_file(base / "model.safetensors").values())
     for own, both in zip(held, more, strict=True):
-        # On several ranks DeepSpeed shards the second model, and keeps small tensors whole beside that. The tolerance is
-        # for scalars and buffers of a model this small, which come and go with the second one's engine.
+        # On several ranks DeepSpeed shards the second model, and keeps small tensors whole beside that. The tolerance
+        # is for scalars and buffers, which come with the second one's engine.
         spared = both - own
         assert spared == pytest.approx(copy, rel=0.02) if world == 1 else spared >= copy // world, (spared, copy)
 
